@@ -1,0 +1,218 @@
+"""The nouns of the house: Prompt, Completion, Score, Group, Batch, StepCounts.
+
+Frozen, and with their shapes in their types. B completions in a batch, T tokens of the longest completion, L tokens of the
+longest prompt + completion, P prompts. Everything that is "per token" is aligned to *completion* tokens: column t of a
+[B, T] array speaks of the t-th token after the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Finish = Literal["stop", "length", "error"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question, as the task wrote it and as the model reads it.
+
+    Args:
+        id: unique per prompt *instance* of the data set; groups are formed by it, never by text or position.
+        text: the question before any template.
+        answer: the gold answer that the task's reward compares with.
+        token_ids: the rendered prompt; empty until a template has rendered it (`models.templates.render`).
+        data: whatever else the task wants to see again when it grades (difficulty tier, source row …).
+    """
+
+    id: str
+    text: str
+    answer: str
+    token_ids: tuple[int, ...] = ()
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The distribution that completions are drawn from.
+
+    Args:
+        temperature: logits are divided by it, in the engine and in the trainer alike. 0 is greedy (evaluation only).
+        top_p, top_k, min_p: truncation of that distribution; 1.0, 0 and 0.0 switch them off.
+        max_completion_tokens: a completion that reaches it without an end token finishes with "length".
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    max_completion_tokens: int = 256
+
+    @property
+    def truncated(self) -> bool:
+        """Whether some tokens of the vocabulary cannot be sampled."""
+        return self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What an engine returned for one sample of one prompt: the very token ids that were sampled, never a re-tokenisation.
+
+    Args:
+        prompt_id: of the prompt it answers.
+        sample: index within its prompt's samples.
+        token_ids: [T], the end token included when it was sampled.
+        logp_rollout: [T] nats, under the distribution that each token was sampled from (temperature and truncation applied).
+        finish: "stop" (an end token was sampled), "length" (the cap was reached) or "error" (with `error` saying why).
+        text: the decoded completion without its end token.
+        versions: [T], the weights' version that sampled each token.
+        sampled: [T], True where the policy sampled the token; False for tool or environment tokens.
+        kept: [T, V] bool or None: tokens that truncation left; None when sampling was not truncated.
+        experts: [T, layers, top_k] or None: experts chosen by an MoE engine.
+        error: why the engine failed, where finish is "error".
+    """
+
+    prompt_id: str
+    sample: int
+    token_ids: Int[Tensor, " T"]
+    logp_rollout: Float[Tensor, " T"]
+    finish: Finish
+    text: str
+    versions: Int[Tensor, " T"]
+    sampled: Bool[Tensor, " T"]
+    kept: Bool[Tensor, "T V"] | None = None
+    experts: Int[Tensor, "T layers top_k"] | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Score:
+    """A reward's verdict on one completion.
+
+    Args:
+        value: the reward, or None when the completion could not be scored; `reason` then says why. Unscorable is not zero.
+        correct: whether the answer is right, apart from any shaping (accuracy, the dynamic-sampling filter, pass@k use it).
+        parts: named parts of the value, kept for the record.
+    """
+
+    value: float | None
+    correct: bool = False
+    reason: str = ""
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def scorable(self) -> bool:
+        return self.value is not None
+
+
+@dataclass(frozen=True)
+class Group:
+    """The completions of one prompt, with their scores in the same order."""
+
+    prompt: Prompt
+    completions: tuple[Completion, ...]
+    scores: tuple[Score, ...]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers among scorable completions; NaN when none is scorable."""
+        verdicts = [score.correct for score in self.scores if score.scorable]
+        return sum(verdicts) / len(verdicts) if verdicts else float("nan")
+
+    @property
+    def live(self) -> bool:
+        """Whether right and wrong completions are both present: only then does a centred advantage differ from zero."""
+        return 0.0 < self.accuracy < 1.0
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """Denominators of one optimizer step, over all its micro-batches and all ranks; taken before anything is cut.
+
+    Only trained completions count: scorable ones that shaping did not filter out, and their trained tokens.
+
+    Args:
+        tokens, completions, prompts: totals.
+        positive_tokens, negative_tokens: tokens of completions with advantage > 0 and < 0 (balanced aggregation).
+        max_tokens: the length cap, the divisor of constant-length aggregation.
+    """
+
+    tokens: int
+    completions: int
+    prompts: int
+    positive_tokens: int
+    negative_tokens: int
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Completions as right-padded tensors. Masked is absent: whatever stands under a False mask changes no bit of any output.
+
+    Args:
+        tokens: [B, L] prompt + completion, right-padded (the padding value means nothing).
+        prompt_len: [B] tokens of the prompt.
+        completion_len: [B] tokens of the completion.
+        mask: [B, T] True on trained tokens (sampled by the policy, of a scorable completion).
+        logp_rollout: [B, T] the engine's own log-probabilities.
+        group: [B] group index, 0 … P−1 in any order; groups may differ in size.
+        reward: [B]; NaN where unscorable.
+        scorable: [B].
+        correct: [B].
+        truncated: [B] finish was "length".
+        versions: [B, T].
+        logp_old: [B, T] or None: the trainer at the sampling weights.
+        logp_ref: [B, T] or None: the reference model.
+        kept: [B, T, V] bool or None: sampling mask to replay.
+        experts: [B, L, layers, top_k] or None: routing to replay.
+    """
+
+    tokens: Int[Tensor, "B L"]
+    prompt_len: Int[Tensor, " B"]
+    completion_len: Int[Tensor, " B"]
+    mask: Bool[Tensor, "B T"]
+    logp_rollout: Float[Tensor, "B T"]
+    group: Int[Tensor, " B"]
+    reward: Float[Tensor, " B"]
+    scorable: Bool[Tensor, " B"]
+    correct: Bool[Tensor, " B"]
+    truncated: Bool[Tensor, " B"]
+    versions: Int[Tensor, "B T"]
+    logp_old: Float[Tensor, "B T"] | None = None
+    logp_ref: Float[Tensor, "B T"] | None = None
+    kept: Bool[Tensor, "B T V"] | None = None
+    experts: Int[Tensor, "B L layers top_k"] | None = None
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def rows(self, index: Int[Tensor, " b"]) -> Batch:
+        """The same batch with only these rows, in this order; padding is kept as it is."""
+        picked = {name: value[index] for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **picked)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        return replace(self, **{name: v.to(device) for name, v in vars(self).items() if isinstance(v, torch.Tensor)})
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement about an objective that can be checked by enumeration.
+
+    Args:
+        says: the relation to the truth: "unbiased", "scaled", "zero" or "biased".
+        truth: name of the gradient that is followed, for instance "J" or "reverse_kl".
+        conditions: under which it holds, for instance {"on_policy": True}.
+        tolerance: relative norm of the bias that still counts as none.
+    """
+
+    says: Literal["unbiased", "scaled", "zero", "biased"]
+    truth: str
+    conditions: Mapping[str, Any] = field(default_factory=dict)
+    tolerance: float = 1e-10
