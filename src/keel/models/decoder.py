@@ -1,0 +1,139 @@
+"""A compact Llama / Qwen decoder over forests of tokens, on the very modules of the transformers model.
+
+It holds no weights: every matrix belongs to the transformers model (LoRA layers included), so training through it trains that model.
+Dense Llama, Mistral, Qwen2, Qwen3 and the Qwen3 mixture of experts run here; every other architecture runs through transformers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from keel.models.packing import Packing
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a decoder, read from a transformers configuration."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float
+
+    @classmethod
+    def of(cls, config) -> Shape:
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return cls(
+            config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads, head_dim, config.rms_norm_eps
+        )
+
+
+def supports(config) -> bool:
+    """Whether this decoder computes the architecture exactly: a known family, SiLU, full attention and plain rotary positions."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    window = getattr(config, "use_sliding_window", config.model_type == "mistral") and getattr(config, "sliding_window", None)
+    return (
+        config.model_type in FAMILIES
+        and config.hidden_act == "silu"
+        and rope.get("rope_type", "default") == "default"
+        and rope.get("partial_rotary_factor", 1.0) == 1.0
+        and not window
+    )
+
+
+def rotary(positions: Int[Tensor, " N"], inv_freq: Float[Tensor, " half"], dtype: torch.dtype):
+    """cos and sin [N, 1, head_dim] of each position, computed in fp32 as transformers does."""
+    angle = positions.to(inv_freq.dtype)[:, None] * inv_freq
+    angle = torch.cat((angle, angle), -1)[:, None]
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x: Float[Tensor, "N heads hd"], cos: Tensor, sin: Tensor) -> Float[Tensor, "N heads hd"]:
+    """Rotary position embedding of queries or keys. Source: RoFormer, arXiv 2104.09864; halves paired as in Llama."""
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
+
+
+def forest_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Float[Tensor, "N width"]:
+    """Causal attention of every node over its own path: gathered into leaf rows, computed there, read back once per node."""
+    rows, width = packing.leaves.shape
+
+    def gather(x: Tensor) -> Tensor:
+        return x.index_select(0, packing.leaves.flatten()).view(rows, width, *x.shape[1:]).transpose(1, 2)
+
+    grouped = k.shape[1] != q.shape[1]
+    out = F.scaled_dot_product_attention(gather(q), gather(k), gather(v), is_causal=True, enable_gqa=grouped)
+    return out.transpose(1, 2).reshape(rows * width, -1).index_select(0, packing.place)
+
+
+def route(gate: nn.Module, x: Float[Tensor, "N d"], chosen: Int[Tensor, "N k"] | None):
+    """Experts of each token and their weights; with `chosen` given, those experts, their weights recomputed so that the router learns.
+
+    Source: Stabilizing RL with LLMs, arXiv 2512.01374 (routing replay).
+    """
+    probs = F.linear(x, gate.weight).softmax(-1, dtype=torch.float32)
+    index = probs.topk(gate.top_k, -1).indices if chosen is None else chosen
+    weight = probs.gather(-1, index)
+    if gate.norm_topk_prob:
+        weight = weight / weight.sum(-1, keepdim=True)
+    return weight.to(x.dtype), index
+
+
+def mixture(experts: nn.Module, x: Float[Tensor, "N d"], weight: Float[Tensor, "N k"], index: Int[Tensor, "N k"]):
+    """Weighted sum of each token's experts. Tokens are sorted by expert, so each expert is one product over its own tokens."""
+    flat = index.flatten()
+    order = torch.argsort(flat, stable=True)
+    token = order // index.shape[1]
+    sizes = torch.bincount(flat, minlength=experts.gate_up_proj.shape[0]).tolist()
+    parts = []
+    for expert, part in enumerate(x.index_select(0, token).split(sizes)):
+        gate, up = F.linear(part, experts.gate_up_proj[expert]).chunk(2, -1)
+        parts.append(F.linear(F.silu(gate) * up, experts.down_proj[expert]))
+    mixed = torch.cat(parts) * weight.flatten()[order, None]
+    return torch.zeros_like(x).index_add(0, token, mixed)
+
+
+class Decoder:
+    """The trunk of a transformers causal model, run over a `Packing`.
+
+    Args:
+        model: a transformers model of a supported family (or a peft model's base model).
+    """
+
+    def __init__(self, model: nn.Module):
+        self.trunk = model.model
+        self.shape = Shape.of(model.config)
+
+    def hidden(self, packing: Packing, experts: Int[Tensor, "N layers k"] | None = None):
+        """Final hidden states [N, d], after the last norm, and the experts that were chosen [N, layers, k] (None if dense)."""
+        x = self.trunk.embed_tokens(packing.tokens)
+        turn = rotary(packing.positions, self.trunk.rotary_emb.inv_freq.float(), x.dtype)
+        chosen: list[Tensor] = []
+        for depth, layer in enumerate(self.trunk.layers):
+            x = x + self._attention(layer, self._norm(layer.input_layernorm, x), turn, packing)
+            normed = self._norm(layer.post_attention_layernorm, x)
+            if hasattr(layer.mlp, "experts"):
+                weight, index = route(layer.mlp.gate, normed, None if experts is None else experts[:, depth])
+                x = x + mixture(layer.mlp.experts, normed, weight, index)
+                chosen.append(index)
+            else:
+                x = x + layer.mlp.down_proj(F.silu(layer.mlp.gate_proj(normed)) * layer.mlp.up_proj(normed))
+        return self._norm(self.trunk.norm, x), torch.stack(chosen, 1) if chosen else None
+
+    def _norm(self, norm: nn.Module, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), norm.weight, self.shape.eps)
+
+    def _attention(self, layer: nn.Module, x: Tensor, turn, packing: Packing) -> Tensor:
+        block, hd = layer.self_attn, self.shape.head_dim
+        q, k, v = (proj(x).view(len(x), -1, hd) for proj in (block.q_proj, block.k_proj, block.v_proj))
+        if hasattr(block, "q_norm"):
+            q, k = self._norm(block.q_norm, q), self._norm(block.k_norm, k)
+        return block.o_proj(forest_attention(rotate(q, *turn), rotate(k, *turn), v, packing))

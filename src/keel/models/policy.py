@@ -1,0 +1,173 @@
+"""The policy: a transformers model, its tokenizer and template, and log-probabilities of completions under it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from keel.models.decoder import Decoder, supports
+from keel.models.head import token_logp
+from keel.models.packing import Packing, pack
+from keel.types import Batch
+
+
+@dataclass(frozen=True)
+class TokenLogp:
+    """What a forward pass says of each completion token.
+
+    Args:
+        logp: [B, T] nats at the sampling temperature, over kept tokens; 0 past a completion's end.
+        entropy: [B, T] nats, of the distribution that the token was drawn from; 0 past the end.
+        experts: [B, L, layers, k] experts of every token, or None for a dense model.
+    """
+
+    logp: Float[Tensor, "B T"]
+    entropy: Float[Tensor, "B T"]
+    experts: Int[Tensor, "B L layers k"] | None = None
+
+
+class Policy:
+    """A language model that is trained and sampled from.
+
+    Args:
+        model: a transformers causal model in eval mode (dropout off), fp32 master weights; may be wrapped by peft.
+        tokenizer: its tokenizer.
+        template: how a prompt becomes token ids (`models.templates.Template`).
+        end_ids: every token id that ends a completion.
+        name: as the user named it.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer, template, end_ids: frozenset[int], name: str):
+        self.model, self.tokenizer, self.template = model, tokenizer, template
+        self.end_ids, self.name = frozenset(end_ids), name
+
+    @property
+    def base(self) -> nn.Module:
+        """The transformers model itself, under any peft wrapper."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @property
+    def context(self) -> int:
+        """Longest prompt + completion, in tokens."""
+        return self.base.config.max_position_embeddings
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.get_output_embeddings().weight.device
+
+    @cached_property
+    def decoder(self) -> Decoder | None:
+        """The compact decoder, where it computes this architecture; else None."""
+        return Decoder(self.base) if supports(self.base.config) else None
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Trainable parameters by name, each once (a tied head belongs to the embedding)."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def weights(self) -> dict[str, Tensor]:
+        """Everything an engine needs, under the plain transformers names, LoRA merged; views of the live weights otherwise."""
+        if self.model is not self.base:
+            from keel.models.lora import merged_weights
+
+            return merged_weights(self.model)
+        return {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
+
+    def logp(self, batch: Batch, *, temperature: float = 1.0, replay_experts: bool = False) -> TokenLogp:
+        """Log-probability and entropy of every completion token of a batch; differentiable.
+
+        Args:
+            batch: its `tokens`, lengths, `kept` and, with `replay_experts`, `experts` are read.
+            temperature: of the sampler; logits are divided by it once, here.
+        """
+        if self.decoder is None:
+            return self._logp_by_transformers(batch, temperature)
+        replay = batch.experts if replay_experts else None
+        share = batch.kept is None and replay is None
+        packing = pack(batch.tokens, batch.prompt_len + batch.completion_len, share)
+        routing = None if replay is None else _by_node(replay, packing)
+        hidden, experts = self.decoder.hidden(packing, routing)
+        logp, entropy = self._read(batch, packing, hidden, temperature)
+        return TokenLogp(logp, entropy, None if experts is None else experts[packing.node])
+
+    def _read(self, batch: Batch, packing: Packing, hidden: Tensor, temperature: float):
+        inside, column = completion_places(batch, packing.node.shape[1])
+        node = packing.node.gather(1, column)[inside]
+        edge_node, edge = torch.unique(node, return_inverse=True)
+        state_node, state = torch.unique(packing.parent[edge_node], return_inverse=True)
+        kept = None
+        if batch.kept is not None:  # nothing is shared then: one place, one edge, one state
+            kept = torch.empty_like(batch.kept[inside])
+            kept[state[edge]] = batch.kept[inside]
+        weight = self.base.get_output_embeddings().weight
+        token = packing.tokens[edge_node]
+        logp, entropy = token_logp(hidden[state_node], weight, state, token, temperature=temperature, kept=kept)
+        return _spread(logp[edge], inside), _spread(entropy[state][edge], inside)
+
+    def _logp_by_transformers(self, batch: Batch, temperature: float) -> TokenLogp:
+        lengths = batch.prompt_len + batch.completion_len
+        width = int(lengths.max())
+        position = torch.arange(width, device=batch.tokens.device)
+        attended = position < lengths[:, None]
+        inputs = dict(
+            input_ids=torch.where(attended, batch.tokens[:, :width], 0),
+            attention_mask=attended.long(),
+            position_ids=position.expand(len(batch), -1),
+            use_cache=False,
+        )
+        inside, column = completion_places(batch, width)
+        flat = (column - 1 + width * torch.arange(len(batch), device=column.device)[:, None])[inside]
+        token = batch.tokens.gather(1, column)[inside]
+        kept = None if batch.kept is None else batch.kept[inside]
+        edge = torch.arange(len(token), device=token.device)
+        if self.head_is_linear:
+            hidden = self.base.base_model(**inputs).last_hidden_state.flatten(0, 1)[flat]
+            weight, softcap = self.base.get_output_embeddings().weight, self._softcap
+            logp, entropy = token_logp(hidden, weight, edge, token, temperature=temperature, softcap=softcap, kept=kept)
+        else:
+            logits = self.base(**inputs).logits.flatten(0, 1)[flat].float() / temperature
+            if kept is not None:
+                logits = logits.masked_fill(~kept, float("-inf"))
+            log_probs = logits.log_softmax(-1)
+            logp = log_probs[edge, token]
+            probs = log_probs.exp()
+            entropy = -(probs * torch.where(probs > 0, log_probs, 0.0)).sum(-1)
+        return TokenLogp(_spread(logp, inside), _spread(entropy, inside))
+
+    @property
+    def _softcap(self) -> float | None:
+        return getattr(self.base.config.get_text_config(), "final_logit_softcapping", None)
+
+    @cached_property
+    def head_is_linear(self) -> bool:
+        """Whether the logits are (soft-capped) hidden states times the head's weight: measured on eight tokens, not assumed."""
+        with torch.no_grad():
+            ids = torch.arange(8, device=self.device)[None] % self.base.get_output_embeddings().weight.shape[0]
+            logits = self.base(input_ids=ids, use_cache=False).logits
+            ours = self.base.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            ours = ours @ self.base.get_output_embeddings().weight.T
+            if self._softcap is not None:
+                ours = self._softcap * torch.tanh(ours / self._softcap)
+        return bool(torch.allclose(logits.to(ours.dtype), ours, rtol=1e-4, atol=1e-5))
+
+
+def completion_places(batch: Batch, width: int) -> tuple[Bool[Tensor, "B T"], Int[Tensor, "B T"]]:
+    """Where completion tokens are: a mask of real ones [B, T], and the column of `tokens` that each stands in (clamped inside)."""
+    t = torch.arange(batch.mask.shape[1], device=batch.tokens.device)
+    inside = t < batch.completion_len[:, None]
+    return inside, (batch.prompt_len[:, None] + t).clamp(max=width - 1)
+
+
+def _spread(values: Float[Tensor, " n"], inside: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    return values.new_zeros(inside.shape).masked_scatter(inside, values)
+
+
+def _by_node(experts: Int[Tensor, "B L layers k"], packing: Packing) -> Int[Tensor, "N layers k"]:
+    """Recorded routing of each token, moved from rows to nodes."""
+    inside = torch.arange(packing.node.shape[1], device=experts.device) < packing.lengths[:, None]
+    routing = experts.new_empty(len(packing), *experts.shape[2:])
+    routing[packing.node[inside]] = experts[:, : packing.node.shape[1]][inside]
+    return routing
