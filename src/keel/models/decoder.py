@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from keel.models.linear import apply_linear
 from keel.models.packing import Packing
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
@@ -125,7 +126,8 @@ class Decoder:
                 x = x + mixture(layer.mlp.experts, normed, weight, index)
                 chosen.append(index)
             else:
-                x = x + layer.mlp.down_proj(F.silu(layer.mlp.gate_proj(normed)) * layer.mlp.up_proj(normed))
+                gate, up = apply_linear(layer.mlp.gate_proj, normed), apply_linear(layer.mlp.up_proj, normed)
+                x = x + apply_linear(layer.mlp.down_proj, F.silu(gate) * up)
         return self._norm(self.trunk.norm, x), torch.stack(chosen, 1) if chosen else None
 
     def _norm(self, norm: nn.Module, x: Tensor) -> Tensor:
@@ -133,7 +135,7 @@ class Decoder:
 
     def _attention(self, layer: nn.Module, x: Tensor, turn, packing: Packing) -> Tensor:
         block, hd = layer.self_attn, self.shape.head_dim
-        q, k, v = (proj(x).view(len(x), -1, hd) for proj in (block.q_proj, block.k_proj, block.v_proj))
+        q, k, v = (apply_linear(proj, x).view(len(x), -1, hd) for proj in (block.q_proj, block.k_proj, block.v_proj))
         if hasattr(block, "q_norm"):
             q, k = self._norm(block.q_norm, q), self._norm(block.k_norm, k)
-        return block.o_proj(forest_attention(rotate(q, *turn), rotate(k, *turn), v, packing))
+        return apply_linear(block.o_proj, forest_attention(rotate(q, *turn), rotate(k, *turn), v, packing))

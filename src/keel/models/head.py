@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from keel.models.linear import product
+
 CHUNK_NUMBERS = 2**24  # logits held at once: 64 MB in fp32
 
 
@@ -61,7 +63,7 @@ class _ChunkedHead(torch.autograd.Function):
             if softcap is not None:
                 grad *= 1 - (logits * temperature / softcap).square().nan_to_num(posinf=0.0)
             grad /= temperature
-            grad_hidden[start:stop] = grad @ weight
+            grad_hidden[start:stop] = product(grad, weight.T)
             if grad_weight is not None:
                 grad_weight.addmm_(grad.T, hidden[start:stop])
         return grad_hidden, grad_weight, None, None, None, None, None, None
@@ -78,7 +80,7 @@ def _edges_by_chunk(state: Tensor, states: int, chunk: int) -> list[tuple[int, T
 
 
 def _logits(hidden, weight, temperature, softcap, kept, start):
-    logits = hidden @ weight.T
+    logits = product(hidden, weight)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if temperature != 1.0:

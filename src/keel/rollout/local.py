@@ -1,0 +1,159 @@
+"""The in-process engine: token in, token out, and exact.
+
+Every completion's tokens depend on its own seed alone, not on its batch. What siblings have in common is computed once: the prompt, and
+sampled prefixes too, because equal prefixes have equal next-token distributions. Finished completions leave the batch at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from keel.errors import KeelError
+from keel.models.decoder import supports
+from keel.models.policy import Policy
+from keel.rollout.engine import Seed, checksum
+from keel.rollout.sampling import distribution, draw, uniforms
+from keel.rollout.serving import FusedForward, TransformersForward
+from keel.types import Completion, Prompt, Sampling
+
+
+class LocalEngine:
+    """Samples from its own copy of a policy's weights.
+
+    Args:
+        policy: gives the architecture, tokenizer and end tokens; its weights are loaded as version 0.
+        max_branches: completions sampled at once; more prompts are taken in turn.
+    """
+
+    def __init__(self, policy: Policy, *, max_branches: int = 512):
+        self.policy, self.max_branches = policy, max_branches
+        self.version = -1
+        self.load(policy.weights(), 0)
+
+    def load(self, weights: Mapping[str, Tensor], version: int) -> str:
+        """Take a copy of the weights; nothing computed under an older version survives.
+
+        Returns:
+            The checksum of what arrived.
+
+        Raises:
+            KeelError: a tensor is missing or has another shape; it is named, and the old weights stay.
+        """
+        self._check_arrival(weights)
+        base = self.policy.base
+        if supports(base.config):
+            own = {name: tensor.detach().clone() if tensor.ndim == 1 else tensor for name, tensor in weights.items()}
+            self.forward = FusedForward(base.config, own, base.model.rotary_emb.inv_freq)
+        else:
+            self.forward = TransformersForward(_twin(base, weights))
+        self.version = version
+        return checksum(weights)
+
+    def _check_arrival(self, weights: Mapping[str, Tensor]) -> None:
+        for name, tensor in self.policy.base.state_dict().items():
+            found = weights.get(name)
+            if found is None or found.shape != tensor.shape:
+                what = "did not arrive" if found is None else f"arrived as {tuple(found.shape)}"
+                raise KeelError(
+                    f"Weight sync: tensor {name!r} {what}; expected shape {tuple(tensor.shape)}. The engine keeps version "
+                    f"{self.version}. Hand `load` everything that `Policy.weights()` names."
+                )
+
+    def describe(self) -> dict[str, object]:
+        """For the manifest: which engine, and what it takes from nowhere but the run's own sampling parameters."""
+        kind = type(self.forward).__name__
+        return {"engine": "local", "forward": kind, "max_branches": self.max_branches, "generation_config": "ignored"}
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seed: Seed, group_size: int) -> list[Completion]:
+        """`group_size` completions of each prompt, in prompt order.
+
+        Raises:
+            KeelError: a prompt is empty, or prompt and cap exceed the model's context.
+        """
+        for prompt in prompts:
+            self._check_fits(prompt, sampling)
+        at_once = max(1, self.max_branches // group_size)
+        parts = [prompts[i : i + at_once] for i in range(0, len(prompts), at_once)]
+        return [completion for part in parts for completion in self._generate(part, sampling, seed, group_size)]
+
+    def _check_fits(self, prompt: Prompt, sampling: Sampling) -> None:
+        need = len(prompt.token_ids) + sampling.max_completion_tokens
+        if not prompt.token_ids:
+            raise KeelError(f"Prompt {prompt.id!r} has no token ids. Render it with the policy's template first.")
+        if need > self.policy.context:
+            raise KeelError(
+                f"Prompt {prompt.id!r} has {len(prompt.token_ids)} tokens; with max_completion_tokens "
+                f"{sampling.max_completion_tokens} it needs {need}, and the context of {self.policy.name!r} is "
+                f"{self.policy.context}. Shorten the prompt or lower sampling.max_completion_tokens."
+            )
+
+    def _generate(self, prompts, sampling: Sampling, seed: Seed, group_size: int) -> list[Completion]:
+        rows, cap = len(prompts) * group_size, sampling.max_completion_tokens
+        uniform = uniforms([seed.row(p.id, sample) for p in prompts for sample in range(group_size)], cap)
+        ends = torch.tensor(sorted(self.policy.end_ids))
+        tokens = torch.zeros(rows, cap, dtype=torch.long)
+        logp = torch.zeros(rows, cap)
+        length = torch.zeros(rows, dtype=torch.long)
+        kept_steps: list[tuple[Tensor, Tensor]] = []
+        logits = self.forward.start([p.token_ids for p in prompts], rows, cap)
+        row = torch.arange(rows)  # rows still growing, and the branch that each one follows
+        branch = row // group_size
+        for t in range(cap):
+            log_probs, kept = distribution(logits.cpu(), sampling)
+            token = draw(log_probs, branch, uniform[row, t])
+            tokens[row, t], logp[row, t] = token, log_probs[branch, token].float()
+            length[row] = t + 1
+            if kept is not None:
+                kept_steps.append((row, kept[branch]))
+            going = ~torch.isin(token, ends)
+            row, branch, token = row[going], branch[going], token[going]
+            if len(row) == 0 or t + 1 == cap:
+                break
+            key, follows = np.unique((branch * log_probs.shape[1] + token).numpy(), return_inverse=True)
+            parents, next_token = np.divmod(key, log_probs.shape[1])
+            logits = self.forward.advance(parents, torch.from_numpy(next_token).to(logits.device))
+            branch = torch.from_numpy(follows)
+        kept_all = _stack_kept(kept_steps, rows, int(length.max())) if kept_steps else None
+        finished = torch.isin(tokens[torch.arange(rows), length - 1], ends)
+        return self._completions(prompts, group_size, tokens, logp, length, finished, kept_all)
+
+    def _completions(self, prompts, group_size, tokens, logp, length, finished, kept) -> list[Completion]:
+        ids, lengths, stops = tokens.tolist(), length.tolist(), finished.tolist()
+        plain = [ids[r][: n - 1] if stop else ids[r][:n] for r, (n, stop) in enumerate(zip(lengths, stops, strict=True))]
+        texts = self.policy.tokenizer.batch_decode(plain, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return [
+            Completion(
+                prompt_id=prompts[r // group_size].id,
+                sample=r % group_size,
+                token_ids=tokens[r, :n].clone(),
+                logp_rollout=logp[r, :n].clone(),
+                finish="stop" if stop else "length",
+                text=texts[r],
+                versions=torch.full((n,), self.version),
+                sampled=torch.ones(n, dtype=torch.bool),
+                kept=None if kept is None else kept[r, :n].clone(),
+            )
+            for r, (n, stop) in enumerate(zip(lengths, stops, strict=True))
+        ]
+
+
+def _stack_kept(steps: Sequence[tuple[Tensor, Tensor]], rows: int, width: int) -> Tensor:
+    """The kept sets of all steps as one [rows, width, V]."""
+    out = torch.zeros(rows, width, steps[0][1].shape[-1], dtype=torch.bool)
+    for t, (row, kept) in enumerate(steps):
+        out[row, t] = kept
+    return out
+
+
+def _twin(base, weights: Mapping[str, Tensor]):
+    """A second model of the same architecture that holds these weights."""
+    with torch.device(base.device):
+        twin = type(base)(base.config).to(base.dtype).eval()
+    twin.load_state_dict({name: tensor.detach() for name, tensor in weights.items()}, strict=False)
+    twin.tie_weights()
+    return twin

@@ -1,0 +1,206 @@
+"""How the local engine runs a model: one step of many branches at once, with their key–value caches.
+
+Both forms answer the same two calls. `start(prompts)` gives logits after each prompt; `advance(parents, tokens)` grows branch i from
+branch `parents[i]` of the last call by one token, and gives the logits after it. Several branches may grow from one parent (siblings
+that drew different tokens), and a parent that nobody names is dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from keel.models.decoder import Shape, mixture, rotary, rotate
+from keel.models.packing import pack
+
+PREPACK_FROM = 2**16  # numbers in a matrix from which oneDNN's own layout pays on a CPU
+
+
+class Linear:
+    """y = x Wᵀ (+ b) for a weight that stands still: prepacked for oneDNN where that pays."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        self.bias = bias
+        packs = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= PREPACK_FROM
+        self.packed = packs and torch.backends.mkldnn.is_available()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 64) if self.packed else weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.packed:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return F.linear(x, self.weight, self.bias)
+
+
+class _Layer:
+    """One layer's weights, with the products that share an input fused."""
+
+    def __init__(self, prefix: str, weights: Mapping[str, Tensor], moe):
+        def join(block: str, names: Sequence[str]) -> Linear:
+            bias = [weights.get(f"{prefix}.{block}.{name}.bias") for name in names]
+            matrix = torch.cat([weights[f"{prefix}.{block}.{name}.weight"] for name in names])
+            return Linear(matrix, None if bias[0] is None else torch.cat(bias))
+
+        self.norm_in = weights[f"{prefix}.input_layernorm.weight"]
+        self.norm_out = weights[f"{prefix}.post_attention_layernorm.weight"]
+        self.qkv = join("self_attn", ("q_proj", "k_proj", "v_proj"))
+        self.o = join("self_attn", ("o_proj",))
+        self.q_norm = weights.get(f"{prefix}.self_attn.q_norm.weight")
+        self.k_norm = weights.get(f"{prefix}.self_attn.k_norm.weight")
+        self.moe = moe
+        if moe is None:
+            self.gate_up = join("mlp", ("gate_proj", "up_proj"))
+            self.down = join("mlp", ("down_proj",))
+        else:
+            self.gate = weights[f"{prefix}.mlp.gate.weight"]
+            self.gate_up_proj = weights[f"{prefix}.mlp.experts.gate_up_proj"]
+            self.down_proj = weights[f"{prefix}.mlp.experts.down_proj"]
+
+    def feed_forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.moe is None:
+            gate, up = self.gate_up(x).chunk(2, -1)
+            return self.down(F.silu(gate) * up), None
+        top_k, normalise = self.moe
+        weight, index = F.linear(x, self.gate).softmax(-1, dtype=torch.float32).topk(top_k, -1)
+        if normalise:
+            weight = weight / weight.sum(-1, keepdim=True)
+        return mixture(self, x, weight.to(x.dtype), index), index
+
+
+class FusedForward:
+    """The compact decoder for sampling: fused and prepacked products, and a static cache in which live branches stay contiguous.
+
+    Prompts are aligned at their right ends, so that every branch writes the same cache column. A child takes over its parent's slot;
+    only further siblings copy it.
+    """
+
+    def __init__(self, config, weights: Mapping[str, Tensor], inv_freq: Tensor):
+        self.shape, self.inv_freq = Shape.of(config), inv_freq.float()
+        moe = (config.num_experts_per_tok, config.norm_topk_prob) if "moe" in config.model_type else None
+        self.embedding = weights["model.embed_tokens.weight"]
+        self.layers = [_Layer(f"model.layers.{i}", weights, moe) for i in range(self.shape.layers)]
+        self.norm = weights["model.norm.weight"]
+        self.head = Linear(weights.get("lm_head.weight", self.embedding))
+        self.experts: Tensor | None = None
+
+    def start(self, prompts: Sequence[Sequence[int]], branches: int, new_tokens: int) -> Tensor:
+        """Logits [P, V] after each prompt; the cache holds up to `branches` branches of prompt + `new_tokens`."""
+        lengths = torch.tensor([len(p) for p in prompts])
+        width, device = int(lengths.max()), self.embedding.device
+        table = torch.tensor([list(p) + [0] * (width - len(p)) for p in prompts], device=device)
+        packing = pack(table, lengths.to(device))
+        size, shape = max(branches, len(prompts)), self.shape
+        self.cache = self.embedding.new_zeros(shape.layers, 2, size, shape.kv_heads, width + new_tokens, shape.head_dim)
+        self.column = width
+        self.first = torch.zeros(size, dtype=torch.long)
+        self.first[: len(prompts)] = width - lengths
+        self.slot = np.arange(len(prompts))
+        source = (torch.arange(width) - (width - lengths)[:, None]).clamp(min=0).to(device)
+        aligned = packing.node.gather(1, source)  # right-aligned; what stands left of a prompt is masked
+        x = F.embedding(packing.tokens, self.embedding)
+        turn = rotary(packing.positions, self.inv_freq, x.dtype)
+        chosen = []
+        for depth, layer in enumerate(self.layers):
+            q, k, v = self._qkv(layer, x, turn)
+            for half, value in ((0, k), (1, v)):
+                self.cache[depth, half, : len(prompts), :, :width] = value[aligned].transpose(1, 2)
+            x, index = self._finish(layer, x, self._prompt_attention(q, k, v, packing))
+            chosen.append(index)
+        self.prompt_experts = torch.stack(chosen, 1)[packing.node] if chosen[0] is not None else None
+        last = packing.node.gather(1, (lengths - 1).to(device)[:, None])[:, 0]
+        return self.head(F.rms_norm(x[last], (x.shape[-1],), self.norm, self.shape.eps))
+
+    def advance(self, parents: np.ndarray, tokens: Tensor) -> Tensor:
+        """Logits [U, V] after one more token on each branch."""
+        self._place(parents)
+        live = len(parents)
+        order = torch.from_numpy(np.argsort(self.slot))  # slots are a permutation of 0 … live − 1
+        x = F.embedding(tokens[order], self.embedding)
+        positions = (self.column - self.first[:live]).to(x.device)
+        turn = rotary(positions, self.inv_freq, x.dtype)
+        past = torch.arange(self.column + 1) >= self.first[:live, None]
+        bias = torch.zeros(past.shape, dtype=x.dtype).masked_fill(~past, float("-inf"))[:, None, None].to(x.device)
+        chosen = []
+        for depth, layer in enumerate(self.layers):
+            q, k, v = self._qkv(layer, x, turn)
+            keys, values = self.cache[depth, :, :live, :, : self.column + 1]
+            keys[:, :, self.column], values[:, :, self.column] = k, v
+            q = q.view(live, self.shape.kv_heads, -1, self.shape.head_dim)  # queries of one kv head, as if of one sequence
+            x, index = self._finish(layer, x, F.scaled_dot_product_attention(q, keys, values, bias).reshape(live, -1))
+            chosen.append(index)
+        self.column += 1
+        back = torch.from_numpy(self.slot)
+        self.experts = torch.stack(chosen, 1)[back] if chosen[0] is not None else None
+        return self.head(F.rms_norm(x, (x.shape[-1],), self.norm, self.shape.eps)[back])
+
+    def _place(self, parents: np.ndarray) -> None:
+        """Give every branch a slot below `len(parents)`, copying as few caches as there are new siblings and moved branches."""
+        source = self.slot[parents]
+        live = len(parents)
+        _, eldest = np.unique(source, return_index=True)
+        keeps = np.zeros(live, dtype=bool)
+        keeps[eldest] = True
+        keeps &= source < live
+        slot = np.where(keeps, source, -1)
+        holes = np.setdiff1d(np.arange(live), slot[keeps], assume_unique=True)
+        slot[~keeps] = holes
+        if len(holes):
+            dst, src = torch.from_numpy(holes), torch.from_numpy(source[~keeps])
+            self.cache[:, :, dst, :, : self.column] = self.cache[:, :, src, :, : self.column]
+            self.first[dst] = self.first[src]
+        self.slot = slot
+
+    def _qkv(self, layer: _Layer, x: Tensor, turn) -> tuple[Tensor, Tensor, Tensor]:
+        shape = self.shape
+        normed = F.rms_norm(x, (x.shape[-1],), layer.norm_in, shape.eps)
+        parts = layer.qkv(normed).view(len(x), -1, shape.head_dim).split((shape.heads, shape.kv_heads, shape.kv_heads), 1)
+        q, k, v = parts
+        if layer.q_norm is not None:
+            q = F.rms_norm(q, (shape.head_dim,), layer.q_norm, shape.eps)
+            k = F.rms_norm(k, (shape.head_dim,), layer.k_norm, shape.eps)
+        return rotate(q, *turn), rotate(k, *turn), v
+
+    def _finish(self, layer: _Layer, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor | None]:
+        x = x + layer.o(attended)
+        out, index = layer.feed_forward(F.rms_norm(x, (x.shape[-1],), layer.norm_out, self.shape.eps))
+        return x + out, index
+
+    @staticmethod
+    def _prompt_attention(q, k, v, packing):
+        from keel.models.decoder import forest_attention
+
+        return forest_attention(q, k, v, packing)
+
+
+class TransformersForward:
+    """Any transformers causal model, with its own cache; prompts are left-padded with positions that start at zero."""
+
+    def __init__(self, model: nn.Module):
+        self.model, self.experts, self.prompt_experts = model, None, None
+
+    def start(self, prompts: Sequence[Sequence[int]], branches: int, new_tokens: int) -> Tensor:
+        width = max(map(len, prompts))
+        device = next(self.model.parameters()).device
+        ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
+        self.attended = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        self.cache = None
+        return self._run(ids, (self.attended.cumsum(-1) - 1).clamp(min=0))
+
+    def advance(self, parents: np.ndarray, tokens: Tensor) -> Tensor:
+        index = torch.from_numpy(parents).to(tokens.device)
+        if len(parents) != len(self.attended) or (parents != np.arange(len(parents))).any():
+            self.cache.batch_select_indices(index) if hasattr(self.cache, "batch_select_indices") else self.cache.reorder_cache(index)
+            self.attended = self.attended[index]
+        self.attended = F.pad(self.attended, (0, 1), value=1)
+        return self._run(tokens[:, None], self.attended.sum(-1, keepdim=True) - 1)
+
+    def _run(self, ids: Tensor, positions: Tensor) -> Tensor:
+        out = self.model(
+            input_ids=ids, attention_mask=self.attended, position_ids=positions, past_key_values=self.cache, use_cache=True,
+            logits_to_keep=1,
+        )
+        self.cache = out.past_key_values
+        return out.logits[:, -1].float()

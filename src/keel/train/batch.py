@@ -1,0 +1,65 @@
+"""From groups of completions to one right-padded Batch, and from a Batch to micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from keel.types import Batch, Group
+
+
+def batch_from_groups(groups: Sequence[Group]) -> Batch:
+    """All completions of all groups, group after group; completions that an engine failed to make are left out.
+
+    Trained tokens are those that the policy sampled, of completions that could be scored.
+    """
+    rows = [
+        (index, group.prompt, completion, score)
+        for index, group in enumerate(groups)
+        for completion, score in zip(group.completions, group.scores, strict=True)
+        if completion.finish != "error" and len(completion.token_ids) > 0
+    ]
+    prompts = [torch.tensor(prompt.token_ids) for _, prompt, _, _ in rows]
+    completions = [completion for _, _, completion, _ in rows]
+    scores = [score for _, _, _, score in rows]
+    scorable = torch.tensor([score.scorable for score in scores])
+    sampled = pad_sequence([c.sampled for c in completions], batch_first=True)
+    kept = None
+    if any(c.kept is not None for c in completions):
+        kept = pad_sequence([c.kept for c in completions], batch_first=True, padding_value=True)
+    return Batch(
+        tokens=pad_sequence([torch.cat((p, c.token_ids)) for p, c in zip(prompts, completions, strict=True)], batch_first=True),
+        prompt_len=torch.tensor([len(p) for p in prompts]),
+        completion_len=torch.tensor([len(c.token_ids) for c in completions]),
+        mask=sampled & scorable[:, None],
+        logp_rollout=pad_sequence([c.logp_rollout for c in completions], batch_first=True),
+        group=torch.tensor([index for index, _, _, _ in rows]),
+        reward=torch.tensor([float("nan") if s.value is None else s.value for s in scores]),
+        scorable=scorable,
+        correct=torch.tensor([s.correct for s in scores]),
+        truncated=torch.tensor([c.finish == "length" for c in completions]),
+        versions=pad_sequence([c.versions for c in completions], batch_first=True, padding_value=-1),
+        kept=kept,
+    )
+
+
+def micro_batches(batch: Batch, max_tokens: int | None) -> list[Int[Tensor, " rows"]]:
+    """Cut a batch into runs of rows of at most `max_tokens` prompt + completion tokens each (at least one row).
+
+    Rows keep their order, so that siblings, which share their prompt's computation, stay together. None means no cut. The gradient
+    does not depend on the cut: every denominator was taken before it.
+    """
+    everything = torch.arange(len(batch))
+    if max_tokens is None:
+        return [everything]
+    cuts, load = [], 0
+    for row, tokens in enumerate((batch.prompt_len + batch.completion_len).tolist()):
+        if load and load + tokens > max_tokens:
+            cuts.append(row)
+            load = 0
+        load += tokens
+    return list(torch.tensor_split(everything, cuts))

@@ -1,0 +1,121 @@
+"""Where prompts come from, and how a full batch of groups is collected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from keel.errors import KeelError
+from keel.rollout.engine import Engine, Seed
+from keel.types import Completion, Group, Prompt, Sampling, Score
+
+Reward = Callable[[Prompt, str, str], Score]
+
+
+class PromptStream:
+    """Training prompts in a seeded order, epoch after epoch. Its whole state is how many were taken.
+
+    Args:
+        prompts: the training split.
+        seed: of the order; each epoch is another permutation.
+        taken: prompts consumed so far (when resuming).
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], seed: int, taken: int = 0):
+        if not prompts:
+            raise KeelError("The task has no training prompts. Expected at least one; check the task's name and its filters.")
+        self.prompts, self.seed, self.taken = prompts, seed, taken
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def take(self, count: int) -> list[Prompt]:
+        """The next `count` prompts. A prompt's id carries its epoch from the second on, so that a repeat is another instance."""
+        return [self._next() for _ in range(count)]
+
+    def _next(self) -> Prompt:
+        epoch, place = divmod(self.taken, len(self.prompts))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.prompts))
+        self.taken += 1
+        prompt = self.prompts[self._order[place]]
+        return prompt if epoch == 0 else replace(prompt, id=f"{prompt.id}@{epoch}")
+
+
+@dataclass(frozen=True)
+class Collected:
+    """Groups for one batch, and what it took to get them."""
+
+    groups: list[Group]
+    generated_tokens: int
+    dropped: int
+
+
+def score_group(prompt: Prompt, completions: Sequence[Completion], reward: Reward) -> Group:
+    """Grade each completion. An engine's failure is unscorable; so is a reward that is not a finite number."""
+    return Group(prompt, tuple(completions), tuple(_score(prompt, c, reward) for c in completions))
+
+
+def _score(prompt: Prompt, completion: Completion, reward: Reward) -> Score:
+    if completion.finish == "error":
+        return Score(None, reason=f"engine: {completion.error}")
+    score = reward(prompt, completion.text, completion.finish)
+    if score.value is not None and not np.isfinite(score.value):
+        return Score(None, reason=f"reward: {score.value} is not a finite number")
+    return score
+
+
+def collect(
+    engine: Engine,
+    stream: PromptStream,
+    render: Callable[[Prompt], Prompt],
+    reward: Reward,
+    sampling: Sampling,
+    seed: Seed,
+    *,
+    prompts: int,
+    group_size: int,
+    live_only: bool = False,
+    max_rounds: int = 10,
+) -> Collected:
+    """Sample and grade groups until `prompts` of them are in hand.
+
+    Args:
+        live_only: dynamic sampling (DAPO, arXiv 2503.14476): keep only groups with right and wrong answers, judged by accuracy and
+            never by the shaped reward, and sample on until the batch is full.
+        max_rounds: rounds of sampling after which it gives up.
+
+    Raises:
+        KeelError: the batch is not full after `max_rounds`, or every completion was unscorable.
+    """
+    kept: list[Group] = []
+    tokens = dropped = 0
+    for _ in range(max_rounds if live_only else 1):
+        asked = [render(prompt) for prompt in stream.take(prompts)]
+        completions = engine.generate(asked, sampling, seed, group_size)
+        tokens += sum(len(c.token_ids) for c in completions)
+        by_prompt: dict[str, list[Completion]] = {prompt.id: [] for prompt in asked}
+        for completion in completions:
+            by_prompt[completion.prompt_id].append(completion)
+        groups = [score_group(prompt, by_prompt[prompt.id], reward) for prompt in asked]
+        _refuse_all_unscorable(groups)
+        fresh = [group for group in groups if group.live] if live_only else groups
+        dropped += len(groups) - len(fresh)
+        kept += fresh
+        if len(kept) >= prompts:
+            return Collected(kept[:prompts], tokens, dropped + max(0, len(kept) - prompts))
+    seen = max_rounds * prompts
+    raise KeelError(
+        f"Dynamic sampling found {len(kept)} live groups (right and wrong answers in one group) among {seen} prompts, and {prompts} "
+        f"are needed. Expected a share of 1 − p^G − (1−p)^G with G = {group_size}. Take easier or harder prompts, a larger "
+        "train.group_size, a larger train.dynamic_sampling_max_rounds, or set train.dynamic_sampling = false."
+    )
+
+
+def _refuse_all_unscorable(groups: Sequence[Group]) -> None:
+    scores = [score for group in groups for score in group.scores]
+    if not any(score.scorable for score in scores):
+        raise KeelError(
+            f"None of {len(scores)} completions could be scored; the first reason was: {scores[0].reason}. Expected finite rewards. "
+            "Mend the reward or the engine; an unscorable completion is never counted as a wrong one."
+        )

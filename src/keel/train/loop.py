@@ -1,0 +1,203 @@
+"""The training loop, as a generator: prompts → completions → scores → advantages → updates → new weights in the engine.
+
+It yields one StepRecord per optimizer step and does nothing else with them; whoever consumes the records prints, saves or evaluates.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from keel.config import RunConfig
+from keel.diagnostics import measure
+from keel.models.policy import Policy
+from keel.objectives.objective import Objective, Prepared
+from keel.objectives.recipes import Recipe
+from keel.rollout.engine import Engine, Seed
+from keel.tasks.task import Task
+from keel.train.batch import batch_from_groups, micro_batches
+from keel.train.buffer import Collected, PromptStream, collect
+from keel.train.step import accumulate_gradient, apply_gradient, learning_rate, log_probabilities
+from keel.types import Batch, Group
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step, told.
+
+    Args:
+        step: 1 for the first.
+        metrics: by the names of `docs/metrics.md`.
+        groups: of the rollout batch, on its first update; empty on later updates of the same batch.
+        batch_ends: whether the next step samples anew, and the trainer's state can be saved.
+        skipped: name of the tensor whose gradient was not finite; "" for a normal step.
+    """
+
+    step: int
+    metrics: dict[str, float]
+    groups: Sequence[Group] = field(default=(), repr=False)
+    batch_ends: bool = True
+    skipped: str = ""
+
+
+class Trainer:
+    """Everything that training changes, and that a checkpoint must hold: weights, optimizer, clocks and the place in the data.
+
+    Args:
+        policy: trained in place.
+        engine: samples; is handed the new weights after every batch.
+        task: prompts and reward.
+        recipe: the objective, and what it asks of the loop.
+        config: the run.
+    """
+
+    def __init__(self, policy: Policy, engine: Engine, task: Task, recipe: Recipe, config: RunConfig):
+        self.policy, self.engine, self.task, self.recipe, self.config = policy, engine, task, recipe, config
+        self.objective: Objective = recipe.objective
+        self.stream = PromptStream(task.train, config.seed)
+        self.step = self.updates = self.batch = self.tokens = self.skipped = 0
+        settings = config.train
+        self.parameters = policy.parameters()
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=settings.lr,
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        self.updates_per_batch = settings.updates_per_batch or recipe.updates_per_batch
+        dynamic = settings.dynamic_sampling
+        self.dynamic_sampling = recipe.dynamic_sampling if dynamic is None else dynamic
+        self.reference = _frozen_copy(policy) if "logp_ref" in self.objective.needs else None
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Tensors and clocks from which `restore` goes on bit for bit. Draws are keyed by the clocks, so no generator is stored."""
+        tensors = {f"weights.{name}": p.detach() for name, p in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{name}.{key}"] = value
+        clocks = {k: getattr(self, k) for k in ("step", "updates", "batch", "tokens", "skipped")}
+        return tensors, {**clocks, "prompts_taken": self.stream.taken, "version": self.engine.version}
+
+    def restore(self, tensors: dict[str, Tensor], clocks: dict[str, int]) -> None:
+        """Take the state of a checkpoint."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors[f"weights.{name}"])
+                prefix = f"optimizer.{name}."
+                kept = {key.removeprefix(prefix): v.clone() for key, v in tensors.items() if key.startswith(prefix)}
+                if kept:
+                    self.optimizer.state[parameter] = kept
+        for name in ("step", "updates", "batch", "tokens", "skipped"):
+            setattr(self, name, clocks[name])
+        self.stream.taken = clocks["prompts_taken"]
+        self.engine.load(self.policy.weights(), clocks["version"])
+
+
+def iterate(trainer: Trainer) -> Iterator[StepRecord]:
+    """Train until `config.steps` optimizer steps are done, one StepRecord each.
+
+    Raises:
+        KeelError: no full batch of live groups could be collected, or nothing could be scored.
+    """
+    while trainer.step < trainer.config.steps:
+        start = time.perf_counter()
+        collected = _rollout(trainer)
+        rollout = _rollout_metrics(trainer, collected, time.perf_counter() - start)
+        batch = _with_log_probabilities(trainer, batch_from_groups(collected.groups))
+        prepared = trainer.objective.prepare(batch, trainer.config.sampling.max_completion_tokens)
+        groups: Sequence[Group] = collected.groups
+        updates = _updates(batch, trainer.updates_per_batch)[: trainer.config.steps - trainer.step]
+        for number, rows in enumerate(updates, start=1):
+            metrics, skipped = _update(trainer, batch.rows(rows), prepared.rows(rows))
+            ends = number == len(updates)
+            if ends:
+                trainer.batch += 1
+                trainer.engine.load(trainer.policy.weights(), trainer.step)
+            now = time.perf_counter()
+            yield StepRecord(trainer.step, rollout | metrics | {"time/step_s": now - start}, groups, ends, skipped)
+            start, groups, rollout = time.perf_counter(), (), {}
+
+
+def _rollout(trainer: Trainer) -> Collected:
+    config, policy = trainer.config, trainer.policy
+    collected = collect(
+        trainer.engine,
+        trainer.stream,
+        lambda prompt: policy.template.render(prompt, policy.tokenizer),
+        trainer.task.reward,
+        config.sampling,
+        Seed(run=config.seed, step=trainer.step),
+        prompts=config.train.prompts_per_step * trainer.updates_per_batch,
+        group_size=config.train.group_size,
+        live_only=trainer.dynamic_sampling,
+        max_rounds=config.train.dynamic_sampling_max_rounds,
+    )
+    trainer.tokens += collected.generated_tokens
+    return collected
+
+
+def _rollout_metrics(trainer: Trainer, collected: Collected, seconds: float) -> dict[str, float]:
+    return {
+        "time/rollout_s": seconds,
+        "tokens/batch": collected.generated_tokens,
+        "tokens/total": trainer.tokens,
+        "sampling/groups_dropped": collected.dropped,
+    }
+
+
+def _with_log_probabilities(trainer: Trainer, batch: Batch) -> Batch:
+    """Add what must be known before the first update: the trainer at the sampling weights, and the reference.
+
+    With one update a batch the first is the update's own forward pass; on the probe's beat it is computed apart all the same, so
+    that "on-policy" is measured (`policy/off_policy_frac`), not assumed.
+    """
+    settings, temperature = trainer.config.train, trainer.config.sampling.temperature
+    cuts = micro_batches(batch, settings.micro_batch_tokens)
+    probe = settings.probe_every > 0 and trainer.batch % settings.probe_every == 0
+    if probe or trainer.updates_per_batch > 1 or "logp_old" in trainer.objective.needs:
+        batch = replace(batch, logp_old=log_probabilities(trainer.policy, batch, cuts, temperature))
+    if trainer.reference is not None:
+        batch = replace(batch, logp_ref=log_probabilities(trainer.reference, batch, cuts, temperature))
+    return batch
+
+
+def _updates(batch: Batch, updates: int) -> list[Tensor]:
+    """Row indices of each optimizer step: whole groups, in order, the same number of groups each."""
+    groups = torch.unique(batch.group)
+    return [torch.isin(batch.group, part).nonzero()[:, 0] for part in torch.tensor_split(groups, updates)]
+
+
+def _update(trainer: Trainer, batch: Batch, prepared: Prepared) -> tuple[dict[str, float], str]:
+    """One optimizer step on these rows: its metrics, and the name of a tensor whose gradient was not finite ("" if none)."""
+    begin = time.perf_counter()
+    config, objective = trainer.config, trainer.objective
+    counts = objective.counts(batch, prepared, config.sampling.max_completion_tokens)
+    cuts = micro_batches(batch, config.train.micro_batch_tokens)
+    gradient = accumulate_gradient(trainer.policy, objective, batch, prepared, counts, cuts, config.sampling.temperature)
+    rate = learning_rate(config.train.lr, config.train.lr_schedule, config.train.warmup_steps, trainer.updates, config.steps)
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = rate
+    applied = apply_gradient(trainer.parameters, trainer.optimizer, config.train.max_grad_norm)
+    trainer.step += 1
+    trainer.updates += not applied.non_finite
+    trainer.skipped += bool(applied.non_finite)
+    metrics = measure(batch, prepared, gradient.logp, gradient.entropy, objective, counts) | {
+        "train/loss": gradient.loss,
+        "train/grad_norm": applied.grad_norm,
+        "train/lr": rate,
+        "train/skipped_steps": float(trainer.skipped),
+        "time/train_s": time.perf_counter() - begin,
+    }
+    return metrics, applied.non_finite
+
+
+def _frozen_copy(policy: Policy) -> Policy:
+    model = copy.deepcopy(policy.model).requires_grad_(False)
+    return Policy(model=model, tokenizer=policy.tokenizer, template=policy.template, end_ids=policy.end_ids, name=policy.name)

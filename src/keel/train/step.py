@@ -1,0 +1,94 @@
+"""One optimizer step: model → log-probabilities → objective → gradient → update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from keel.models.policy import Policy
+from keel.objectives.objective import Objective, Prepared
+from keel.types import Batch, StepCounts
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """What backward left behind.
+
+    Args:
+        loss: of the whole step.
+        logp, entropy: [B, T] nats, detached, as the loss saw them.
+    """
+
+    loss: float
+    logp: Float[Tensor, "B T"]
+    entropy: Float[Tensor, "B T"]
+
+
+def accumulate_gradient(
+    policy: Policy,
+    objective: Objective,
+    batch: Batch,
+    prepared: Prepared,
+    counts: StepCounts,
+    cuts: Sequence[Int[Tensor, " rows"]],
+    temperature: float,
+) -> Gradient:
+    """Add the step's gradient to every parameter's `.grad`, one micro-batch after another.
+
+    Each micro-batch gives its share of one sum whose denominators (`counts`) speak of the whole step, so cutting changes nothing.
+    """
+    loss = 0.0
+    logp = torch.zeros_like(prepared.advantage)
+    entropy = torch.zeros_like(prepared.advantage)
+    for rows in cuts:
+        part, prepared_part = batch.rows(rows), prepared.rows(rows)
+        seen = policy.logp(part, temperature=temperature)
+        share = objective.loss(seen.logp, seen.entropy, part, prepared_part, counts)
+        if share.requires_grad:
+            share.backward()
+        loss += float(share.detach())
+        logp[rows], entropy[rows] = seen.logp.detach().to(logp.dtype), seen.entropy.detach().to(logp.dtype)
+    return Gradient(loss, logp, entropy)
+
+
+@torch.no_grad()
+def log_probabilities(policy: Policy, batch: Batch, cuts: Sequence[Tensor], temperature: float) -> Float[Tensor, "B T"]:
+    """Log-probabilities of a whole batch in nats, without gradient, cut as the update will cut it."""
+    return torch.cat([policy.logp(batch.rows(rows), temperature=temperature).logp for rows in cuts])
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What became of a gradient: its norm before clipping, and the name of the first tensor that was not finite ("" if none)."""
+
+    grad_norm: float
+    non_finite: str = ""
+
+
+def apply_gradient(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, max_grad_norm: float | None) -> Applied:
+    """Clip and step. A gradient with a NaN or Inf anywhere changes nothing: no weight, no optimizer state."""
+    grads = [p.grad for p in parameters.values() if p.grad is not None]
+    norm = float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
+    if not math.isfinite(norm):
+        culprit = next((n for n, p in parameters.items() if p.grad is not None and not p.grad.isfinite().all()), "the total norm")
+        optimizer.zero_grad(set_to_none=True)
+        return Applied(norm, culprit)
+    if max_grad_norm is not None and norm > max_grad_norm:
+        torch._foreach_mul_(grads, max_grad_norm / norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return Applied(norm)
+
+
+def learning_rate(peak: float, schedule: str, warmup: int, update: int, updates: int) -> float:
+    """Learning rate of optimizer step `update` (from 0): linear warm-up, then constant, linear to 0, or cosine to 0."""
+    if update < warmup:
+        return peak * (update + 1) / warmup
+    done = (update - warmup) / max(1, updates - warmup)
+    return peak * {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[schedule]
+
