@@ -75,29 +75,49 @@ def forest_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Float
     return out.transpose(1, 2).reshape(rows * width, -1).index_select(0, packing.place)
 
 
-def route(gate: nn.Module, x: Float[Tensor, "N d"], chosen: Int[Tensor, "N k"] | None):
-    """Experts of each token and their weights; with `chosen` given, those experts, their weights recomputed so that the router learns.
+@dataclass(frozen=True)
+class Router:
+    """How tokens choose experts: by softmax over router logits, the `top_k` likeliest, weights made to sum to 1 if `normalise`."""
 
-    Source: Stabilizing RL with LLMs, arXiv 2512.01374 (routing replay).
-    """
-    probs = F.linear(x, gate.weight).softmax(-1, dtype=torch.float32)
-    index = probs.topk(gate.top_k, -1).indices if chosen is None else chosen
-    weight = probs.gather(-1, index)
-    if gate.norm_topk_prob:
-        weight = weight / weight.sum(-1, keepdim=True)
-    return weight.to(x.dtype), index
+    top_k: int
+    normalise: bool
+
+    @classmethod
+    def of(cls, config) -> Router | None:
+        """The router of a mixture of experts; None for a dense model."""
+        return cls(config.num_experts_per_tok, config.norm_topk_prob) if config.model_type.endswith("moe") else None
+
+    def __call__(self, logits: Float[Tensor, "N experts"], chosen: Int[Tensor, "N k"] | None = None):
+        """Weights [N, k] and indices [N, k] of each token's experts.
+
+        With `chosen` given, those experts are taken, and their weights computed anew from the logits, so that the router learns.
+
+        Source: Stabilizing RL with LLMs, arXiv 2512.01374 (routing replay).
+        """
+        probs = logits.softmax(-1, dtype=torch.float32)
+        index = probs.topk(self.top_k, -1).indices if chosen is None else chosen
+        weight = probs.gather(-1, index)
+        if self.normalise:
+            weight = weight / weight.sum(-1, keepdim=True)
+        return weight.to(logits.dtype), index
 
 
-def mixture(experts: nn.Module, x: Float[Tensor, "N d"], weight: Float[Tensor, "N k"], index: Int[Tensor, "N k"]):
-    """Weighted sum of each token's experts. Tokens are sorted by expert, so each expert is one product over its own tokens."""
+def mixture(
+    gate_up: Float[Tensor, "experts wide d"],
+    down: Float[Tensor, "experts d half"],
+    x: Float[Tensor, "N d"],
+    weight: Float[Tensor, "N k"],
+    index: Int[Tensor, "N k"],
+) -> Float[Tensor, "N d"]:
+    """Weighted sum of each token's experts. Tokens are sorted by expert, so that each expert is one product over its own tokens."""
     flat = index.flatten()
     order = torch.argsort(flat, stable=True)
     token = order // index.shape[1]
-    sizes = torch.bincount(flat, minlength=experts.gate_up_proj.shape[0]).tolist()
+    sizes = torch.bincount(flat, minlength=len(gate_up)).tolist()
     parts = []
     for expert, part in enumerate(x.index_select(0, token).split(sizes)):
-        gate, up = F.linear(part, experts.gate_up_proj[expert]).chunk(2, -1)
-        parts.append(F.linear(F.silu(gate) * up, experts.down_proj[expert]))
+        gate, up = F.linear(part, gate_up[expert]).chunk(2, -1)
+        parts.append(F.linear(F.silu(gate) * up, down[expert]))
     mixed = torch.cat(parts) * weight.flatten()[order, None]
     return torch.zeros_like(x).index_add(0, token, mixed)
 
@@ -111,7 +131,7 @@ class Decoder:
 
     def __init__(self, model: nn.Module):
         self.trunk = model.model
-        self.shape = Shape.of(model.config)
+        self.shape, self.router = Shape.of(model.config), Router.of(model.config)
 
     def hidden(self, packing: Packing, experts: Int[Tensor, "N layers k"] | None = None):
         """Final hidden states [N, d], after the last norm, and the experts that were chosen [N, layers, k] (None if dense)."""
@@ -121,9 +141,10 @@ class Decoder:
         for depth, layer in enumerate(self.trunk.layers):
             x = x + self._attention(layer, self._norm(layer.input_layernorm, x), turn, packing)
             normed = self._norm(layer.post_attention_layernorm, x)
-            if hasattr(layer.mlp, "experts"):
-                weight, index = route(layer.mlp.gate, normed, None if experts is None else experts[:, depth])
-                x = x + mixture(layer.mlp.experts, normed, weight, index)
+            if self.router is not None:
+                logits = F.linear(normed, layer.mlp.gate.weight)
+                weight, index = self.router(logits, None if experts is None else experts[:, depth])
+                x = x + mixture(layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj, normed, weight, index)
                 chosen.append(index)
             else:
                 gate, up = apply_linear(layer.mlp.gate_proj, normed), apply_linear(layer.mlp.up_proj, normed)

@@ -34,6 +34,7 @@ class LocalEngine:
         self.version = -1
         self.load(policy.weights(), 0)
 
+    @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor], version: int) -> str:
         """Take a copy of the weights; nothing computed under an older version survives.
 
@@ -46,8 +47,7 @@ class LocalEngine:
         self._check_arrival(weights)
         base = self.policy.base
         if supports(base.config):
-            own = {name: tensor.detach().clone() if tensor.ndim == 1 else tensor for name, tensor in weights.items()}
-            self.forward = FusedForward(base.config, own, base.model.rotary_emb.inv_freq)
+            self.forward = FusedForward(base.config, weights, base.model.rotary_emb.inv_freq)
         else:
             self.forward = TransformersForward(_twin(base, weights))
         self.version = version

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from keel.models.decoder import Shape, mixture, rotary, rotate
+from keel.models.decoder import Router, Shape, forest_attention, mixture, rotary, rotate
 from keel.models.packing import pack
 
 PREPACK_FROM = 2**16  # numbers in a matrix from which oneDNN's own layout pays on a CPU
@@ -36,38 +36,35 @@ class Linear:
 
 
 class _Layer:
-    """One layer's weights, with the products that share an input fused."""
+    """One layer's own copy of its weights, with the products that share an input fused."""
 
-    def __init__(self, prefix: str, weights: Mapping[str, Tensor], moe):
+    def __init__(self, weights: Mapping[str, Tensor], depth: int, router: Router | None):
+        here = f"model.layers.{depth}"
+
+        def own(name: str) -> Tensor | None:
+            return weights[f"{here}.{name}"].clone() if f"{here}.{name}" in weights else None
+
         def join(block: str, names: Sequence[str]) -> Linear:
-            bias = [weights.get(f"{prefix}.{block}.{name}.bias") for name in names]
-            matrix = torch.cat([weights[f"{prefix}.{block}.{name}.weight"] for name in names])
+            bias = [weights.get(f"{here}.{block}.{name}.bias") for name in names]
+            matrix = torch.cat([weights[f"{here}.{block}.{name}.weight"] for name in names])
             return Linear(matrix, None if bias[0] is None else torch.cat(bias))
 
-        self.norm_in = weights[f"{prefix}.input_layernorm.weight"]
-        self.norm_out = weights[f"{prefix}.post_attention_layernorm.weight"]
-        self.qkv = join("self_attn", ("q_proj", "k_proj", "v_proj"))
-        self.o = join("self_attn", ("o_proj",))
-        self.q_norm = weights.get(f"{prefix}.self_attn.q_norm.weight")
-        self.k_norm = weights.get(f"{prefix}.self_attn.k_norm.weight")
-        self.moe = moe
-        if moe is None:
-            self.gate_up = join("mlp", ("gate_proj", "up_proj"))
-            self.down = join("mlp", ("down_proj",))
+        self.norm_in, self.norm_out = own("input_layernorm.weight"), own("post_attention_layernorm.weight")
+        self.q_norm, self.k_norm = own("self_attn.q_norm.weight"), own("self_attn.k_norm.weight")
+        self.qkv, self.o = join("self_attn", ("q_proj", "k_proj", "v_proj")), join("self_attn", ("o_proj",))
+        self.router = router
+        if router is None:
+            self.gate_up, self.down = join("mlp", ("gate_proj", "up_proj")), join("mlp", ("down_proj",))
         else:
-            self.gate = weights[f"{prefix}.mlp.gate.weight"]
-            self.gate_up_proj = weights[f"{prefix}.mlp.experts.gate_up_proj"]
-            self.down_proj = weights[f"{prefix}.mlp.experts.down_proj"]
+            self.gate = own("mlp.gate.weight")
+            self.gate_up_proj, self.down_proj = own("mlp.experts.gate_up_proj"), own("mlp.experts.down_proj")
 
-    def feed_forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self.moe is None:
+    def feed_forward(self, x: Tensor) -> Tensor:
+        if self.router is None:
             gate, up = self.gate_up(x).chunk(2, -1)
-            return self.down(F.silu(gate) * up), None
-        top_k, normalise = self.moe
-        weight, index = F.linear(x, self.gate).softmax(-1, dtype=torch.float32).topk(top_k, -1)
-        if normalise:
-            weight = weight / weight.sum(-1, keepdim=True)
-        return mixture(self, x, weight.to(x.dtype), index), index
+            return self.down(F.silu(gate) * up)
+        weight, index = self.router(F.linear(x, self.gate))
+        return mixture(self.gate_up_proj, self.down_proj, x, weight, index)
 
 
 class FusedForward:
@@ -79,12 +76,13 @@ class FusedForward:
 
     def __init__(self, config, weights: Mapping[str, Tensor], inv_freq: Tensor):
         self.shape, self.inv_freq = Shape.of(config), inv_freq.float()
-        moe = (config.num_experts_per_tok, config.norm_topk_prob) if "moe" in config.model_type else None
-        self.embedding = weights["model.embed_tokens.weight"]
-        self.layers = [_Layer(f"model.layers.{i}", weights, moe) for i in range(self.shape.layers)]
-        self.norm = weights["model.norm.weight"]
-        self.head = Linear(weights.get("lm_head.weight", self.embedding))
-        self.experts: Tensor | None = None
+        router = Router.of(config)
+        self.embedding = weights["model.embed_tokens.weight"].clone()
+        self.layers = [_Layer(weights, depth, router) for depth in range(self.shape.layers)]
+        self.norm = weights["model.norm.weight"].clone()
+        head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
+        tied = head.data_ptr() == weights["model.embed_tokens.weight"].data_ptr()
+        self.head = Linear(self.embedding if tied else head.clone())
 
     def start(self, prompts: Sequence[Sequence[int]], branches: int, new_tokens: int) -> Tensor:
         """Logits [P, V] after each prompt; the cache holds up to `branches` branches of prompt + `new_tokens`."""
@@ -102,14 +100,11 @@ class FusedForward:
         aligned = packing.node.gather(1, source)  # right-aligned; what stands left of a prompt is masked
         x = F.embedding(packing.tokens, self.embedding)
         turn = rotary(packing.positions, self.inv_freq, x.dtype)
-        chosen = []
         for depth, layer in enumerate(self.layers):
             q, k, v = self._qkv(layer, x, turn)
             for half, value in ((0, k), (1, v)):
                 self.cache[depth, half, : len(prompts), :, :width] = value[aligned].transpose(1, 2)
-            x, index = self._finish(layer, x, self._prompt_attention(q, k, v, packing))
-            chosen.append(index)
-        self.prompt_experts = torch.stack(chosen, 1)[packing.node] if chosen[0] is not None else None
+            x = self._finish(layer, x, forest_attention(q, k, v, packing))
         last = packing.node.gather(1, (lengths - 1).to(device)[:, None])[:, 0]
         return self.head(F.rms_norm(x[last], (x.shape[-1],), self.norm, self.shape.eps))
 
@@ -123,17 +118,14 @@ class FusedForward:
         turn = rotary(positions, self.inv_freq, x.dtype)
         past = torch.arange(self.column + 1) >= self.first[:live, None]
         bias = torch.zeros(past.shape, dtype=x.dtype).masked_fill(~past, float("-inf"))[:, None, None].to(x.device)
-        chosen = []
         for depth, layer in enumerate(self.layers):
             q, k, v = self._qkv(layer, x, turn)
             keys, values = self.cache[depth, :, :live, :, : self.column + 1]
             keys[:, :, self.column], values[:, :, self.column] = k, v
             q = q.view(live, self.shape.kv_heads, -1, self.shape.head_dim)  # queries of one kv head, as if of one sequence
-            x, index = self._finish(layer, x, F.scaled_dot_product_attention(q, keys, values, bias).reshape(live, -1))
-            chosen.append(index)
+            x = self._finish(layer, x, F.scaled_dot_product_attention(q, keys, values, bias).reshape(live, -1))
         self.column += 1
         back = torch.from_numpy(self.slot)
-        self.experts = torch.stack(chosen, 1)[back] if chosen[0] is not None else None
         return self.head(F.rms_norm(x, (x.shape[-1],), self.norm, self.shape.eps)[back])
 
     def _place(self, parents: np.ndarray) -> None:
@@ -163,23 +155,16 @@ class FusedForward:
             k = F.rms_norm(k, (shape.head_dim,), layer.k_norm, shape.eps)
         return rotate(q, *turn), rotate(k, *turn), v
 
-    def _finish(self, layer: _Layer, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _finish(self, layer: _Layer, x: Tensor, attended: Tensor) -> Tensor:
         x = x + layer.o(attended)
-        out, index = layer.feed_forward(F.rms_norm(x, (x.shape[-1],), layer.norm_out, self.shape.eps))
-        return x + out, index
-
-    @staticmethod
-    def _prompt_attention(q, k, v, packing):
-        from keel.models.decoder import forest_attention
-
-        return forest_attention(q, k, v, packing)
+        return x + layer.feed_forward(F.rms_norm(x, (x.shape[-1],), layer.norm_out, self.shape.eps))
 
 
 class TransformersForward:
     """Any transformers causal model, with its own cache; prompts are left-padded with positions that start at zero."""
 
     def __init__(self, model: nn.Module):
-        self.model, self.experts, self.prompt_experts = model, None, None
+        self.model = model
 
     def start(self, prompts: Sequence[Sequence[int]], branches: int, new_tokens: int) -> Tensor:
         width = max(map(len, prompts))
