@@ -1,0 +1,208 @@
+"""Low-rank adapters through peft: what trains, what an engine is given, and when the reference is "adapters off".
+
+y = W x + scale · B A x with scale = alpha / rank. Only A and B train; W stands still.
+
+Source: LoRA, arXiv 2106.09685. Differs from it: no dropout, for the policy that is scored must be the policy that
+    sampled.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from keel.errors import KeelError
+
+_FROM_ZERO = "keel_adapters_started_from_zero"
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Which adapters to put on a model.
+
+    Args:
+        rank: columns of B; at least 1.
+        alpha: scale = alpha / rank.
+        targets: names of linear layers, or "all-linear": every one but the output head. A mixture's experts and router
+            are no linear layers, so on an MoE only attention is adapted.
+        adapter: folder of a trained adapter to start from (its own rank, alpha and targets then hold); empty to start
+            from zero.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: str | tuple[str, ...] = "all-linear"
+    adapter: str = ""
+
+    def __post_init__(self):
+        if self.rank < 1 or not self.alpha > 0 or not self.targets:
+            raise KeelError(
+                f"LoRA with rank {self.rank}, alpha {self.alpha} and targets {self.targets!r} adapts nothing. Expected "
+                f"a rank of at least 1, a positive alpha and at least one layer name or 'all-linear'."
+            )
+
+
+def wrap(model: nn.Module, lora: LoraConfig, seed: int = 0) -> nn.Module:
+    """The same model with adapters, of which alone the parameters train. The model itself is changed in place, as peft
+    does.
+
+    Args:
+        seed: of A's first values; B starts at zero, so the wrapped model computes exactly what the model did.
+
+    Raises:
+        KeelError: peft is not installed, no layer bears a target's name, or the adapter's folder cannot be read.
+    """
+    peft = _peft()
+    if lora.adapter:
+        wrapped = _resume(peft, model, lora.adapter)
+    else:
+        with torch.random.fork_rng(devices=[]):  # peft draws from the global state; what it drew is replaced below
+            wrapped = _fresh(peft, model, lora)
+        _draw(wrapped, seed)
+    for name, parameter in wrapped.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    setattr(wrapped, _FROM_ZERO, _is_zero(wrapped))
+    return wrapped.eval()
+
+
+def started_from_zero(model: nn.Module) -> bool:
+    """Whether "adapters off" is the policy as it was when training began. False where keel did not see the start."""
+    return getattr(model, _FROM_ZERO, False)
+
+
+@contextmanager
+def reference(model: nn.Module) -> Iterator[nn.Module]:
+    """The reference policy without a second copy of the weights: adapters off while the context lasts.
+
+    Raises:
+        KeelError: the adapters did not start from zero, so the model without them is *not* where training began, and a
+            KL to it would pull the policy back to a model that nobody asked for. `plain_copy` at the start gives the
+            right reference.
+    """
+    if not started_from_zero(model):
+        raise KeelError(
+            "The reference policy cannot be had by switching the adapters off: they did not start from zero (a trained "
+            "adapter was loaded, or keel did not see the start), so the base model is not the policy that training "
+            "began with. Take a frozen copy at the start instead (keel.models.lora.plain_copy), or merge the adapter "
+            "first and train a fresh one."
+        )
+    with model.disable_adapter():
+        yield model
+
+
+@torch.no_grad()
+def merged_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Weights of the plain model that computes the same: W + scale · B A where there is an adapter, else views of the
+    live weights.
+
+    Names are those of the model without peft. Nothing of the trained model is changed.
+    """
+    base = model.get_base_model()
+    deltas = {f"{name}.base_layer.weight": module for name, module in _layers(base)}
+    tensors = dict(base.state_dict())
+    out = {}
+    for name, tensor in tensors.items():
+        if ".lora_" in name:
+            continue
+        value = tensor.detach()
+        if name in deltas:
+            value = value + sum(_delta(deltas[name], adapter) for adapter in deltas[name].active_adapters)
+        out[name.replace(".base_layer.", ".")] = value
+    return out
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A frozen copy of a model, adapters merged and gone: a reference policy, or what an export saves."""
+    twin = copy.deepcopy(model)
+    if hasattr(twin, "get_base_model"):
+        twin = twin.unload()
+        twin.load_state_dict(merged_weights(model))
+    for parameter in twin.parameters():
+        parameter.grad = None
+    return twin.requires_grad_(False).eval()
+
+
+def _peft():
+    try:
+        import peft
+    except ImportError as error:
+        raise KeelError(
+            f"LoRA needs the package peft, which cannot be imported ({error}). Install it with `pip install "
+            f"'keel-rl[lora]'`, or train all weights by leaving `lora` out."
+        ) from error
+    return peft
+
+
+def _fresh(peft, model: nn.Module, lora: LoraConfig) -> nn.Module:
+    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    config = peft.LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM"
+    )
+    try:
+        return peft.get_peft_model(model, config)
+    except ValueError as error:
+        linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+        raise KeelError(
+            f"LoRA cannot be put on {targets!r}: {error} This model's linear layers are {', '.join(linear)}; name some "
+            f"of them, or 'all-linear'."
+        ) from error
+
+
+def _resume(peft, model: nn.Module, folder: str) -> nn.Module:
+    if not (Path(folder) / "adapter_config.json").is_file():
+        raise KeelError(
+            f"No adapter in {folder!r}: it holds no adapter_config.json. Expected a folder that peft's save_pretrained "
+            f"wrote."
+        )
+    try:
+        wrapped = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
+    except Exception as error:  # whatever a corrupt folder makes peft, safetensors or torch raise
+        raise KeelError(
+            f"The adapter in {folder!r} cannot be put on this model: {type(error).__name__}: {error}. Expected an "
+            f"adapter that was trained on the same base model, complete."
+        ) from error
+    for _, layer in _layers(wrapped.get_base_model()):
+        for drop in layer.lora_dropout.values():
+            if isinstance(drop, nn.Dropout):
+                drop.p = 0.0
+    return wrapped
+
+
+def _layers(base: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Adapted layers by name."""
+    from peft.tuners.lora import LoraLayer
+
+    return [(name, module) for name, module in base.named_modules() if isinstance(module, LoraLayer)]
+
+
+def _delta(layer: nn.Module, adapter: str) -> Tensor:
+    if layer.merged or getattr(layer, "lora_magnitude_vector", None):
+        raise KeelError(
+            "This adapter is merged already, or of the DoRA kind: its weights are not W + scale · B A. Expected plain "
+            "LoRA, unmerged; unmerge it, or load it through keel.models.lora.wrap."
+        )
+    return layer.get_delta_weight(adapter)
+
+
+def _draw(wrapped: nn.Module, seed: int) -> None:
+    """A uniform in ±1/√inputs from a generator of its own, layer by layer; B zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, layer in _layers(wrapped.get_base_model()):
+            for a, b in zip(layer.lora_A.values(), layer.lora_B.values(), strict=True):
+                bound = 1 / math.sqrt(a.weight.shape[1])
+                draw = torch.empty(a.weight.shape).uniform_(-bound, bound, generator=generator)
+                a.weight.copy_(draw)
+                b.weight.zero_()
+
+
+def _is_zero(wrapped: nn.Module) -> bool:
+    layers = [layer for _, layer in _layers(wrapped.get_base_model())]
+    return not any(bool(_delta(layer, adapter).any()) for layer in layers for adapter in layer.active_adapters)
