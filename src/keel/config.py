@@ -1,0 +1,247 @@
+"""The run, as types: every setting with its default, its range and one phrase. Impossible combinations do not construct.
+
+A configuration comes from a TOML file, a shipped one (`configs/`), or a recipe's name, and dotted overrides on top:
+`load_config("solid", {"train.lr": 1e-4})`. Reading and explaining mistakes live in `settings.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from keel.errors import KeelError
+from keel.settings import dotted, explain, merged, nested, read_source
+
+if TYPE_CHECKING:
+    from keel.objectives.recipes import Recipe
+    from keel.types import Sampling
+
+
+class Section(BaseModel):
+    """A table of settings: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class TrainSettings(Section):
+    """How a batch is collected and learned from."""
+
+    prompts_per_step: int = Field(32, ge=1, description="prompts behind one optimizer step")
+    group_size: int = Field(8, ge=1, description="completions of each prompt")
+    updates_per_batch: int | None = Field(
+        None, ge=1, description="optimizer steps per rollout phase, each on prompts_per_step prompts; none = the recipe's"
+    )
+    micro_batch_tokens: int | None = Field(
+        16384, ge=1, description="prompt and completion tokens of one forward pass; changes memory, never the gradient"
+    )
+    lr: float = Field(5e-5, gt=0, description="peak learning rate of AdamW")
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up, over `steps`")
+    warmup_steps: int = Field(0, ge=0, description="optimizer steps of linear warm-up")
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW")
+    eps: float = Field(1e-8, gt=0, description="of AdamW")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="the gradient is scaled down to this norm; none = never")
+    probe_every: int = Field(
+        1, ge=0, description="batches between separate forward passes that measure whether training is on-policy; 0 = never"
+    )
+    dynamic_sampling: bool | None = Field(
+        None, description="keep only groups with right and wrong answers, and sample on; none = the recipe's"
+    )
+    dynamic_sampling_max_rounds: int = Field(10, ge=1, description="rounds of sampling before a batch is given up")
+    threads: int | None = Field(None, ge=1, description="CPU threads; none = torch's choice")
+    device: str = Field("cpu", description="where the policy lives: cpu, cuda, cuda:1 ...")
+
+
+class SamplingSettings(Section):
+    """The distribution that training completions are drawn from, and evaluation's too."""
+
+    temperature: float = Field(1.0, gt=0, description="logits are divided by it, in the engine and in the trainer alike")
+    top_p: float = Field(1.0, gt=0, le=1, description="smallest set of likeliest tokens with this mass; 1 = all")
+    top_k: int = Field(0, ge=0, description="number of likeliest tokens; 0 = all")
+    min_p: float = Field(0.0, ge=0, lt=1, description="tokens of at least this share of the likeliest one's probability")
+    max_completion_tokens: int = Field(48, ge=1, description="completions are cut off here")
+    replay_sampling_mask: bool = Field(True, description="the trainer normalises over the tokens that truncation kept")
+
+    @property
+    def truncated(self) -> bool:
+        """Whether some tokens of the vocabulary cannot be sampled."""
+        return self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0
+
+    def distribution(self) -> Sampling:
+        """As the engines take it."""
+        from keel.types import Sampling
+
+        return Sampling(**self.model_dump(exclude={"replay_sampling_mask"}))
+
+    @model_validator(mode="after")
+    def _replay_what_was_cut(self) -> SamplingSettings:
+        if self.truncated and not self.replay_sampling_mask:
+            raise KeelError(
+                f"Sampling is truncated (top_p {self.top_p}, top_k {self.top_k}, min_p {self.min_p}) and "
+                "sampling.replay_sampling_mask is false. Expected the trainer to know which tokens could be drawn: over the full "
+                "vocabulary the mean importance ratio is the kept mass and not 1, so every gradient is biased. Set "
+                "sampling.replay_sampling_mask = true, or top_p = 1, top_k = 0 and min_p = 0."
+            )
+        return self
+
+
+class EvaluationSettings(Section):
+    """Held-out prompts, graded as in training, before, during and after."""
+
+    every: int = Field(20, ge=0, description="optimizer steps between evaluations; 0 = only before and after")
+    prompts: int = Field(256, ge=1, description="held-out prompts, the first of the test split")
+    samples: int = Field(4, ge=1, description="completions of each")
+    ks: tuple[int, ...] = Field((1,), description="the k of each pass@k; at most `samples`")
+    panel: tuple[str, ...] = Field((), description="other tasks to evaluate too: what is forgotten, what generalises")
+
+    @model_validator(mode="after")
+    def _enough_samples(self) -> EvaluationSettings:
+        if not self.ks or min(self.ks) < 1 or max(self.ks) > self.samples:
+            raise KeelError(
+                f"evaluation.ks is {list(self.ks)} with evaluation.samples = {self.samples}. Expected every k between 1 and the "
+                "number of samples: pass@k cannot be estimated from fewer than k tries. Raise evaluation.samples or lower the k."
+            )
+        return self
+
+
+class LoraSettings(Section):
+    """Low-rank adapters instead of full weights."""
+
+    rank: int = Field(16, ge=1, description="rank of each adapter")
+    alpha: float = Field(32.0, gt=0, description="the adapter's output is scaled by alpha / rank")
+    targets: tuple[str, ...] | Literal["all-linear"] = Field("all-linear", description="names of the adapted layers")
+
+
+class CheckpointSettings(Section):
+    """When the whole state is saved, so that a run can go on bit for bit."""
+
+    every: int = Field(50, ge=0, description="optimizer steps between checkpoints; 0 = only at the start and the end")
+    keep: int = Field(2, ge=1, description="how many of the newest stay on disk")
+
+
+class RunConfig(Section):
+    """One run. Construct it by `load_config`, or directly: RunConfig(recipe="solid", train={"lr": 1e-4}).
+
+    Raises:
+        KeelError: a key is unknown (the nearest is named), a value is out of range, or settings contradict one another.
+    """
+
+    recipe: str = Field("solid", description="the objective and what it asks of the loop: `keel papers` lists them")
+    model: str = Field("tiny-dense", description="bundled name, hub id, folder, GGUF file or package:NAME")
+    task: str = Field("arithmetic:medium", description="prompts, gold answers and their reward")
+    template: str = Field("auto", description="how a prompt becomes text; auto = the model's own")
+    seed: int = Field(0, ge=0, description="of everything that is drawn")
+    steps: int = Field(100, ge=1, description="optimizer steps")
+    out: str = Field("", description="run folder; empty = a new one below runs/")
+    writers: tuple[str, ...] = Field((), description="besides metrics.jsonl: tensorboard, wandb, trackio")
+    train: TrainSettings = Field(default_factory=TrainSettings)
+    sampling: SamplingSettings = Field(default_factory=SamplingSettings)
+    objective: dict[str, Any] = Field(
+        default_factory=dict, description="changes to the recipe's objective: surrogate = clip, surrogate.clip_high = 0.28 ..."
+    )
+    evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
+    lora: LoraSettings | None = Field(None, description="train low-rank adapters; none = all weights")
+    checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
+
+    def __init__(self, **data: Any):
+        try:
+            super().__init__(**data)
+        except ValidationError as found:
+            raise KeelError(explain(found, RunConfig)) from None
+
+    @field_validator("objective", mode="after")
+    @classmethod
+    def _dotted(cls, changes: dict[str, Any]) -> dict[str, Any]:
+        return dotted(changes)
+
+    @model_validator(mode="after")
+    def _possible(self) -> RunConfig:
+        _refuse_lone_completions(self)
+        return self
+
+    def chosen(self) -> Recipe:
+        """The recipe with this run's changes to its objective."""
+        from keel.objectives.parts import vary
+        from keel.objectives.recipes import recipe
+
+        plain = recipe(self.recipe)
+        return replace(plain, objective=vary(plain.objective, self.objective)) if self.objective else plain
+
+    def resolved(self) -> RunConfig:
+        """The same run with nothing left to the recipe: what `config.toml` records."""
+        chosen, train = self.chosen(), self.train
+        dynamic = chosen.dynamic_sampling if train.dynamic_sampling is None else train.dynamic_sampling
+        updates = train.updates_per_batch or chosen.updates_per_batch
+        return self.replaced({"train.dynamic_sampling": dynamic, "train.updates_per_batch": updates})
+
+    def replaced(self, overrides: dict[str, Any]) -> RunConfig:
+        """A copy with these dotted settings, checked anew."""
+        return RunConfig(**merged(self.model_dump(), nested(overrides)))
+
+    def derived(self) -> dict[str, int]:
+        """What the settings amount to, each unit in its name."""
+        updates = self.resolved().train.updates_per_batch
+        prompts, group, cap = self.train.prompts_per_step, self.train.group_size, self.sampling.max_completion_tokens
+        batches = -(-self.steps // updates)
+        return {
+            "updates_per_batch": updates,
+            "prompts_per_update": prompts,
+            "completions_per_update": prompts * group,
+            "prompts_per_batch": prompts * updates,
+            "completions_per_batch": prompts * group * updates,
+            "completion_tokens_per_update_at_most": prompts * group * cap,
+            "batches": batches,
+            "prompts_total": batches * prompts * updates,
+            "completions_total": batches * prompts * group * updates,
+            "completion_tokens_total_at_most": batches * prompts * group * updates * cap,
+            "completions_per_evaluation": self.evaluation.prompts * self.evaluation.samples,
+        }
+
+    def check_fits(self, context: int, longest_prompt: int) -> None:
+        """Refuse a cap that the model cannot hold.
+
+        Args:
+            context: longest prompt + completion of the model, in tokens.
+            longest_prompt: of the task as rendered, in tokens.
+        """
+        cap = self.sampling.max_completion_tokens
+        if longest_prompt + cap > context:
+            room = max(0, context - longest_prompt)
+            raise KeelError(
+                f"A prompt of {longest_prompt} tokens and sampling.max_completion_tokens = {cap} make {longest_prompt + cap} "
+                f"tokens, and {self.model} holds {context}. Expected prompt + completion to fit. Lower the cap to {room} or "
+                "less, drop long prompts from the task, or take a model with a longer context."
+            )
+
+
+def load_config(source: str = "solid", overrides: dict[str, Any] | None = None) -> RunConfig:
+    """The configuration of a TOML file, a shipped configuration or a recipe, with dotted overrides on top.
+
+    Args:
+        source: path of a TOML file, name of a shipped configuration (`quickstart`) or of a recipe (`solid`).
+        overrides: {"train.lr": 1e-4} or {"train": {"lr": 1e-4}}.
+    """
+    return RunConfig(**merged(read_source(source), nested(overrides or {})))
+
+
+def _refuse_lone_completions(config: RunConfig) -> None:
+    recipe = config.chosen()
+    if config.train.group_size == 1 and _silent_alone(recipe):
+        raise KeelError(
+            f"train.group_size is 1, and recipe {config.recipe!r} compares the completions of one prompt with each other: a group of "
+            "one has no baseline, so every advantage would be 0 or undefined. Expected a group of at least 2. Set "
+            "train.group_size = 8, or take a recipe whose baseline is the batch (`keel papers` lists them)."
+        )
+
+
+def _silent_alone(recipe: Recipe) -> bool:
+    """Whether a right and a wrong completion, each alone in its group, both get advantage 0: asked of the advantage itself."""
+    import torch
+
+    from keel.objectives.signals import Scored
+
+    reward, alone, true = torch.tensor([0.0, 1.0]), torch.tensor([0, 1]), torch.tensor([True, True])
+    scored = Scored(reward, alone, true, true[:, None])
+    return not bool(recipe.objective.advantage(reward[:, None], scored).any())

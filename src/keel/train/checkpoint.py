@@ -1,0 +1,253 @@
+"""Checkpoints that are whole or not there: written beside, flushed to disk, then renamed into place.
+
+A folder of checkpoints holds `step-00000050/` (tensors.safetensors, state.json), older ones, and `latest`, which names the newest.
+A process that is killed at any instruction leaves the last whole checkpoint readable; a full disk leaves it untouched.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from keel.errors import KeelError
+
+FORMAT = 1
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int = 2) -> Path:
+    """Write one checkpoint, point `latest` at it, and drop all but the `keep` newest.
+
+    Args:
+        folder: of all checkpoints of one run; made if need be.
+        step: optimizer steps done.
+        tensors: saved bit for bit.
+        state: JSON-able; floats come back exactly.
+
+    Returns:
+        The new checkpoint's own folder.
+
+    Raises:
+        KeelError: the disk is full. The checkpoints that were there still are, and nothing half-written is left.
+    """
+    folder = Path(folder)
+    target, draft = folder / _name(step), folder / f".draft-{_name(step)}-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder)
+        draft.mkdir()
+        _write(draft, step, tensors, state)
+        _put_in_place(draft, target)
+        write_atomically(folder / "latest", target.name + "\n")
+    except OSError as fault:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise disk_error(fault, f"checkpoint of step {step}", folder) from fault
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    for old in checkpoints(folder)[:-keep]:
+        _discard(folder / _name(old))
+    return target
+
+
+def load(folder: Path, step: int | None = None) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
+    """The newest checkpoint, or that of one step: (step, tensors, state), bit for bit as saved.
+
+    Raises:
+        KeelError: there is none, or its files are damaged (then it says which whole ones remain).
+    """
+    folder = Path(folder)
+    step = newest(folder) if step is None else step
+    place = folder / _name(step)
+    if step not in checkpoints(folder):
+        raise KeelError(f"There is no checkpoint of step {step} in {folder}. Expected one of {checkpoints(folder)}.")
+    try:
+        record = json.loads((place / "state.json").read_text(encoding="utf-8"))
+        _check_digest(place / "tensors.safetensors", record["sha256"])
+        return record["step"], load_file(place / "tensors.safetensors"), record["state"]
+    except (OSError, ValueError, KeyError, SafetensorError) as fault:
+        others = [s for s in checkpoints(folder) if s != step]
+        remain = f"Whole ones may remain at steps {others}" if others else "No other one remains"
+        raise KeelError(
+            f"The checkpoint {place} is damaged: {fault}. Expected state.json and a tensors.safetensors with the sha256 that it "
+            f"names. {remain}: delete {place.name} to go on from the newest of them, or start the run anew."
+        ) from fault
+
+
+def newest(folder: Path) -> int:
+    """Step of the newest whole checkpoint: the one that `latest` names, or else the highest that is there.
+
+    Raises:
+        KeelError: there is none.
+    """
+    found = checkpoints(folder)
+    if not found:
+        raise KeelError(f"There is no checkpoint in {folder}. Expected a folder such as {_name(50)}. Is this the run you meant?")
+    pointer = Path(folder) / "latest"
+    named = _step(pointer.read_text(encoding="utf-8").strip()) if pointer.is_file() else None
+    return named if named in found else found[-1]
+
+
+def checkpoints(folder: Path) -> list[int]:
+    """Steps of all checkpoints in a folder, ascending."""
+    if not Path(folder).is_dir():
+        return []
+    steps = (_step(path.name) for path in Path(folder).iterdir() if path.is_dir())
+    return sorted(step for step in steps if step is not None)
+
+
+def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Every global random generator's state, as tensors and JSON. Training draws from keyed seeds; this covers what plugins use."""
+    _, keys, *rest = np.random.get_state()
+    tensors = {"random.torch": torch.get_rng_state(), "random.numpy": torch.from_numpy(keys.astype(np.int64))}
+    if torch.cuda.is_available():
+        tensors |= {f"random.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    version, internal, gauss = random.getstate()
+    return tensors, {"numpy": rest, "python": [version, list(internal), gauss]}
+
+
+def restore_random_state(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Put every global random generator back to where `random_state` found it."""
+    torch.set_rng_state(tensors["random.torch"])
+    keys = tensors["random.numpy"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, *state["numpy"]))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    cuda = [tensors[name] for name in sorted(tensors) if name.startswith("random.cuda.")]
+    if cuda and torch.cuda.device_count() == len(cuda):
+        torch.cuda.set_rng_state_all(cuda)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small text file at once: readers see the old or the new, never a part."""
+    draft = path.with_name(f".draft-{path.name}-{os.getpid()}")
+    try:
+        with open(draft, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    _flush_folder(path.parent)
+
+
+def disk_error(fault: OSError, what: str, folder: Path) -> KeelError:
+    """The paragraph for a write that failed."""
+    if fault.errno in NO_ROOM:
+        return KeelError(
+            f"There was no room on the disk for the {what} in {folder} ({fault.strerror}). What had been saved before is untouched, and "
+            "nothing half-written is left. Free some space, or lower checkpoint.keep, and go on from the last checkpoint with "
+            "`keel train --resume RUN`."
+        )
+    return KeelError(
+        f"The {what} could not be written to {folder}: {fault}. Expected a folder that this user may write to. What had been saved "
+        "before is untouched."
+    )
+
+
+def _write(draft: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    path = draft / "tensors.safetensors"
+    with _plain_os_errors():
+        save_file(_apart(tensors), path)
+    _flush(path)
+    record = {"format": FORMAT, "step": step, "sha256": _digest(path), "state": dict(state)}
+    text = json.dumps(record, allow_nan=False)
+    (draft / "state.json").write_text(text, encoding="utf-8")
+    _flush(draft / "state.json")
+    _flush_folder(draft)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors, no two of which share memory: the file format has no views."""
+    seen: set[int] = set()
+    out = {}
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        where = plain.untyped_storage().data_ptr()
+        out[name] = plain.clone() if where in seen else plain
+        seen.add(where)
+    return out
+
+
+@contextmanager
+def _plain_os_errors() -> Iterator[None]:
+    """safetensors reports a failed write in words that end in "(os error N)"; this gives the error its number back."""
+    try:
+        yield
+    except SafetensorError as fault:
+        number = re.search(r"os error (\d+)", str(fault))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from fault
+
+
+def _put_in_place(draft: Path, target: Path) -> None:
+    """Rename the draft; a checkpoint of the same step (of a run that went back) makes way first."""
+    if target.exists():
+        _discard(target)
+    os.rename(draft, target)
+    _flush_folder(target.parent)
+
+
+def _discard(place: Path) -> None:
+    """Take a checkpoint out of sight in one rename, then delete it at leisure."""
+    trash = place.with_name(f".trash-{place.name}-{os.getpid()}")
+    os.rename(place, trash)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Drafts and trash of a process that was killed."""
+    for pattern in (".draft-*", ".trash-*"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _check_digest(path: Path, expected: str) -> None:
+    found = _digest(path)
+    if found != expected:
+        raise ValueError(f"{path.name} has sha256 {found[:12]}… and not {expected[:12]}…")
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _step(name: str) -> int | None:
+    found = re.fullmatch(r"step-(\d{8,})", name)
+    return int(found[1]) if found else None
