@@ -140,6 +140,8 @@ class StepCounts:
         tokens, completions, prompts: totals.
         positive_tokens, negative_tokens: tokens of completions with advantage > 0 and < 0 (balanced aggregation).
         max_tokens: the length cap, the divisor of constant-length aggregation.
+        positive_completions, negative_completions: completions with advantage > 0 and < 0.
+        group_tokens, group_completions: [P] trained tokens and completions of each group, indexed by group id.
     """
 
     tokens: int
@@ -148,6 +150,10 @@ class StepCounts:
     positive_tokens: int
     negative_tokens: int
     max_tokens: int
+    positive_completions: int = 0
+    negative_completions: int = 0
+    group_tokens: Int[Tensor, " P"] | None = None
+    group_completions: Int[Tensor, " P"] | None = None
 
 
 @dataclass(frozen=True)

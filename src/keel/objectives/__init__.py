@@ -1,0 +1,1 @@
+"""Objectives: pure tensor mathematics. Start at `recipes.py`; "the loss" is `objective.py`."""
