@@ -1,4 +1,4 @@
-"""What an engine is: its seeds, proof that weights arrived in it, and the contract that every completion keeps."""
+"""What an engine is: its protocol, its seeds, and the contract that every completion keeps."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from keel.errors import KeelError
+from keel.models.checksum import check_arrival, checksum, fingerprints, tensor_hash
 from keel.types import Completion, Prompt, Sampling
 
+__all__ = ["Engine", "Seed", "check_arrival", "check_completions", "checksum", "fingerprints", "tensor_hash"]
 LOGP_ROUNDING = 1e-6  # nats by which rounding may lift a log-probability above zero
-_ODD = np.arange(1, 2**15 + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) | np.uint64(1)  # invertible mod 2⁶⁴
 
 
 @dataclass(frozen=True)
@@ -68,80 +68,6 @@ class Engine(Protocol):
     def describe(self) -> dict[str, Any]:
         """What the manifest records: the engine's kind and every setting that can change a token."""
         ...
-
-
-# ---- weights ---------------------------------------------------------------------------------------------------------
-
-
-def tensor_hash(tensor: Tensor) -> str:
-    """16 hex digits of a tensor's dtype, shape and bits.
-
-    Bits are read as 64-bit words; each run of 2¹⁵ words becomes Σ wordᵢ·oddᵢ mod 2⁶⁴, and the sums are hashed. An odd
-    factor is invertible, so one changed element always changes its sum. About 8 GB/s on one core, against 1 GB/s of
-    BLAKE2.
-    """
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    whole = len(flat) // (8 * len(_ODD)) * 8 * len(_ODD)
-    tail = np.zeros(8 * len(_ODD), dtype=np.uint8)
-    tail[: len(flat) - whole] = flat[whole:]
-    head = _words(flat[:whole]).reshape(-1, len(_ODD)) @ _ODD
-    last = _words(tail) @ _ODD
-    digest = hashlib.blake2b(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), digest_size=8)
-    digest.update(head.tobytes() + last.tobytes())
-    return digest.hexdigest()
-
-
-def _words(raw: np.ndarray) -> np.ndarray:
-    aligned = raw if raw.ctypes.data % 8 == 0 else raw.copy()
-    return aligned.view(np.uint64)
-
-
-def fingerprints(weights: Mapping[str, Tensor]) -> dict[str, str]:
-    """`tensor_hash` of every tensor by name; tensors that share memory (a tied head) are read once."""
-    seen: dict[tuple, str] = {}
-    out = {}
-    for name, tensor in weights.items():
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
-        if key not in seen or tensor.numel() == 0:
-            seen[key] = tensor_hash(tensor)
-        out[name] = seen[key]
-    return out
-
-
-def checksum(weights: Mapping[str, Tensor]) -> str:
-    """32 hex digits for a whole set of weights, whatever the order of names; any one changed element changes them."""
-    lines = sorted(f"{name} {digest}" for name, digest in fingerprints(weights).items())
-    return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
-
-
-def check_arrival(sent: Mapping[str, Tensor], arrived: Mapping[str, Tensor], version: int) -> None:
-    """Every tensor that was sent stands in `arrived`, bit for bit, and nothing else does.
-
-    Raises:
-        KeelError: naming the first tensor that is missing, unexpected, of another shape or dtype, or of other values.
-    """
-    for name in sorted(sent.keys() | arrived.keys()):
-        problem = _difference(sent.get(name), arrived.get(name))
-        if problem:
-            raise KeelError(
-                f"Weight sync to version {version}: tensor {name!r} {problem}. The engine would sample from other "
-                f"weights than the trainer's, so it must not go on. Hand over everything that `Policy.weights()` "
-                f"names, in its own dtype."
-            )
-
-
-def _difference(sent: Tensor | None, arrived: Tensor | None) -> str:
-    """What is wrong with the tensor that arrived; empty when nothing is."""
-    if sent is None:
-        return "is in the engine but was never sent"
-    if arrived is None:
-        return "was sent but did not arrive"
-    if sent.shape != arrived.shape or sent.dtype != arrived.dtype:
-        return f"was sent as {sent.dtype} {tuple(sent.shape)} and arrived as {arrived.dtype} {tuple(arrived.shape)}"
-    return "" if tensor_hash(sent) == tensor_hash(arrived) else "arrived with other values"
-
-
-# ---- completions -----------------------------------------------------------------------------------------------------
 
 
 def check_completions(

@@ -20,7 +20,6 @@ from keel.types import Batch, Completion, Prompt, Sampling
 
 Answer = str | Sequence[int]
 Script = Mapping[str, Answer | Sequence[Answer]] | Callable[[Prompt, int], Answer]
-FaultKind = Literal["raise", "error", "drop", "swap", "stale", "raw_logp", "lose_tensor"]
 KINDS = {
     "raise": "generate raises RuntimeError, as a crashed engine does",
     "error": "the completion comes back with finish 'error'",
@@ -43,7 +42,7 @@ class Fault:
         tensor: that is lost.
     """
 
-    kind: FaultKind
+    kind: str
     step: int | None = None
     place: int = 0
     tensor: str = ""
