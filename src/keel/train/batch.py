@@ -47,7 +47,7 @@ def batch_from_groups(groups: Sequence[Group]) -> Batch:
     )
 
 
-def micro_batches(batch: Batch, max_tokens: int | None) -> list[Int[Tensor, " rows"]]:
+def micro_batches(batch: Batch, max_tokens: int | None) -> list[Int[Tensor, " _"]]:
     """Cut a batch into runs of rows of at most `max_tokens` prompt + completion tokens each (at least one row).
 
     Rows keep their order, so that siblings, which share their prompt's computation, stay together. None means no cut. The gradient

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from keel.errors import KeelError
-from keel.rollout.engine import Engine, Seed
-from keel.types import Completion, Group, Prompt, Sampling, Score
+from keel.types import Completion, Group, Prompt, Score
 
 Reward = Callable[[Prompt, str, str], Score]
+Generate = Callable[[Sequence[Prompt]], tuple[list[Prompt], list[Completion]]]
 
 
 class PromptStream:
@@ -66,21 +66,18 @@ def _score(prompt: Prompt, completion: Completion, reward: Reward) -> Score:
 
 
 def collect(
-    engine: Engine,
+    generate: Generate,
     stream: PromptStream,
-    render: Callable[[Prompt], Prompt],
     reward: Reward,
-    sampling: Sampling,
-    seed: Seed,
     *,
     prompts: int,
-    group_size: int,
     live_only: bool = False,
     max_rounds: int = 10,
 ) -> Collected:
     """Sample and grade groups until `prompts` of them are in hand.
 
     Args:
+        generate: prompts → the prompts as rendered, and all their completions.
         live_only: dynamic sampling (DAPO, arXiv 2503.14476): keep only groups with right and wrong answers, judged by accuracy and
             never by the shaped reward, and sample on until the batch is full.
         max_rounds: rounds of sampling after which it gives up.
@@ -91,8 +88,7 @@ def collect(
     kept: list[Group] = []
     tokens = dropped = 0
     for _ in range(max_rounds if live_only else 1):
-        asked = [render(prompt) for prompt in stream.take(prompts)]
-        completions = engine.generate(asked, sampling, seed, group_size)
+        asked, completions = generate(stream.take(prompts))
         tokens += sum(len(c.token_ids) for c in completions)
         by_prompt: dict[str, list[Completion]] = {prompt.id: [] for prompt in asked}
         for completion in completions:
@@ -104,10 +100,9 @@ def collect(
         kept += fresh
         if len(kept) >= prompts:
             return Collected(kept[:prompts], tokens, dropped + max(0, len(kept) - prompts))
-    seen = max_rounds * prompts
     raise KeelError(
-        f"Dynamic sampling found {len(kept)} live groups (right and wrong answers in one group) among {seen} prompts, and {prompts} "
-        f"are needed. Expected a share of 1 − p^G − (1−p)^G with G = {group_size}. Take easier or harder prompts, a larger "
+        f"Dynamic sampling found {len(kept)} live groups (right and wrong answers in one group) among {max_rounds * prompts} "
+        f"prompts, and {prompts} are needed. Expected a share of 1 − p^G − (1−p)^G of them. Take easier or harder prompts, a larger "
         "train.group_size, a larger train.dynamic_sampling_max_rounds, or set train.dynamic_sampling = false."
     )
 

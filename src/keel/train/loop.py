@@ -18,12 +18,12 @@ from keel.diagnostics import measure
 from keel.models.policy import Policy
 from keel.objectives.objective import Objective, Prepared
 from keel.objectives.recipes import Recipe
-from keel.rollout.engine import Engine, Seed
+from keel.rollout.engine import Engine, Seed, check_completions
 from keel.tasks.task import Task
 from keel.train.batch import batch_from_groups, micro_batches
 from keel.train.buffer import Collected, PromptStream, collect
 from keel.train.step import accumulate_gradient, apply_gradient, learning_rate, log_probabilities
-from keel.types import Batch, Group
+from keel.types import Batch, Completion, Group, Prompt
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Trainer:
     def __init__(self, policy: Policy, engine: Engine, task: Task, recipe: Recipe, config: RunConfig):
         self.policy, self.engine, self.task, self.recipe, self.config = policy, engine, task, recipe, config
         self.objective: Objective = recipe.objective
+        self.sampling = config.sampling.distribution()
         self.stream = PromptStream(task.train, config.seed)
         self.step = self.updates = self.batch = self.tokens = self.skipped = 0
         settings = config.train
@@ -111,7 +112,7 @@ def iterate(trainer: Trainer) -> Iterator[StepRecord]:
         collected = _rollout(trainer)
         rollout = _rollout_metrics(trainer, collected, time.perf_counter() - start)
         batch = _with_log_probabilities(trainer, batch_from_groups(collected.groups))
-        prepared = trainer.objective.prepare(batch, trainer.config.sampling.max_completion_tokens)
+        prepared = trainer.objective.prepare(batch, trainer.sampling.max_completion_tokens)
         groups: Sequence[Group] = collected.groups
         updates = _updates(batch, trainer.updates_per_batch)[: trainer.config.steps - trainer.step]
         for number, rows in enumerate(updates, start=1):
@@ -127,15 +128,21 @@ def iterate(trainer: Trainer) -> Iterator[StepRecord]:
 
 def _rollout(trainer: Trainer) -> Collected:
     config, policy = trainer.config, trainer.policy
+    vocab_size = policy.base.get_output_embeddings().weight.shape[0]
+
+    def generate(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Completion]]:
+        asked = [policy.template.render(prompt, policy.tokenizer) for prompt in prompts]
+        seed, group_size = Seed(run=config.seed, step=trainer.step), config.train.group_size
+        completions = trainer.engine.generate(asked, trainer.sampling, seed, group_size)
+        rules = dict(end_ids=policy.end_ids, vocab_size=vocab_size, version=trainer.engine.version)
+        check_completions(asked, completions, group_size, trainer.sampling, **rules)
+        return asked, completions
+
     collected = collect(
-        trainer.engine,
+        generate,
         trainer.stream,
-        lambda prompt: policy.template.render(prompt, policy.tokenizer),
         trainer.task.reward,
-        config.sampling,
-        Seed(run=config.seed, step=trainer.step),
         prompts=config.train.prompts_per_step * trainer.updates_per_batch,
-        group_size=config.train.group_size,
         live_only=trainer.dynamic_sampling,
         max_rounds=config.train.dynamic_sampling_max_rounds,
     )
@@ -158,7 +165,7 @@ def _with_log_probabilities(trainer: Trainer, batch: Batch) -> Batch:
     With one update a batch the first is the update's own forward pass; on the probe's beat it is computed apart all the same, so
     that "on-policy" is measured (`policy/off_policy_frac`), not assumed.
     """
-    settings, temperature = trainer.config.train, trainer.config.sampling.temperature
+    settings, temperature = trainer.config.train, trainer.sampling.temperature
     cuts = micro_batches(batch, settings.micro_batch_tokens)
     probe = settings.probe_every > 0 and trainer.batch % settings.probe_every == 0
     if probe or trainer.updates_per_batch > 1 or "logp_old" in trainer.objective.needs:
@@ -178,9 +185,9 @@ def _update(trainer: Trainer, batch: Batch, prepared: Prepared) -> tuple[dict[st
     """One optimizer step on these rows: its metrics, and the name of a tensor whose gradient was not finite ("" if none)."""
     begin = time.perf_counter()
     config, objective = trainer.config, trainer.objective
-    counts = objective.counts(batch, prepared, config.sampling.max_completion_tokens)
+    counts = objective.counts(batch, prepared, trainer.sampling.max_completion_tokens)
     cuts = micro_batches(batch, config.train.micro_batch_tokens)
-    gradient = accumulate_gradient(trainer.policy, objective, batch, prepared, counts, cuts, config.sampling.temperature)
+    gradient = accumulate_gradient(trainer.policy, objective, batch, prepared, counts, cuts, trainer.sampling.temperature)
     rate = learning_rate(config.train.lr, config.train.lr_schedule, config.train.warmup_steps, trainer.updates, config.steps)
     for group in trainer.optimizer.param_groups:
         group["lr"] = rate

@@ -35,7 +35,7 @@ def accumulate_gradient(
     batch: Batch,
     prepared: Prepared,
     counts: StepCounts,
-    cuts: Sequence[Int[Tensor, " rows"]],
+    cuts: Sequence[Int[Tensor, " _"]],
     temperature: float,
 ) -> Gradient:
     """Add the step's gradient to every parameter's `.grad`, one micro-batch after another.
@@ -57,7 +57,7 @@ def accumulate_gradient(
 
 
 @torch.no_grad()
-def log_probabilities(policy: Policy, batch: Batch, cuts: Sequence[Tensor], temperature: float) -> Float[Tensor, "B T"]:
+def log_probabilities(policy: Policy, batch: Batch, cuts: Sequence[Int[Tensor, " _"]], temperature: float) -> Float[Tensor, "B T"]:
     """Log-probabilities of a whole batch in nats, without gradient, cut as the update will cut it."""
     return torch.cat([policy.logp(batch.rows(rows), temperature=temperature).logp for rows in cuts])
 

@@ -1,0 +1,103 @@
+"""Prompts in order, groups by id, dynamic sampling by accuracy, and clear ends."""
+
+import pytest
+import torch
+
+from keel.errors import KeelError
+from keel.train.buffer import PromptStream, collect, score_group
+from keel.types import Completion, Prompt, Score
+
+
+def prompts(count):
+    return [Prompt(id=f"p{i}", text=str(i), answer=str(i)) for i in range(count)]
+
+
+def say(prompt, text, sample, finish="stop"):
+    one = torch.ones(1, dtype=torch.long)
+    return Completion(
+        prompt_id=prompt.id, sample=sample, token_ids=one, logp_rollout=-torch.ones(1), finish=finish, text=text, versions=one * 0,
+        sampled=one.bool(), error="broken" if finish == "error" else "",
+    )  # fmt: skip
+
+
+def engine(text_of):
+    """generate() that answers every prompt four times, shuffled, so that only ids can pair them."""
+
+    def generate(asked):
+        out = [say(prompt, text_of(prompt, sample), sample) for sample in range(4) for prompt in asked]
+        return list(asked), out[::-1]
+
+    return generate
+
+
+def exact(prompt, text, finish):
+    return Score(float(text == prompt.answer), correct=text == prompt.answer)
+
+
+def test_every_prompt_once_an_epoch_and_another_order_in_the_next():
+    stream = PromptStream(prompts(7), seed=3)
+    first, second = stream.take(7), stream.take(7)
+    assert sorted(p.id for p in first) == [f"p{i}" for i in range(7)]
+    assert sorted(p.id for p in second) == [f"p{i}@1" for i in range(7)]
+    assert [p.text for p in first] != [p.text for p in second]
+
+
+@pytest.mark.parametrize("taken", [0, 3, 6, 7, 8, 14])
+def test_a_stream_goes_on_where_it_was_left(taken):
+    whole = PromptStream(prompts(7), seed=3)
+    everything = [p.id for p in whole.take(21)]
+    rest = PromptStream(prompts(7), seed=3, taken=taken)
+    assert [p.id for p in rest.take(21 - taken)] == everything[taken:]
+
+
+def test_the_echo_task_pairs_every_completion_with_its_own_prompt():
+    collected = collect(engine(lambda prompt, sample: prompt.text), PromptStream(prompts(20), 0), exact, prompts=20)
+    assert all(score.correct for group in collected.groups for score in group.scores)
+
+
+def test_dynamic_sampling_keeps_live_groups_and_fills_the_batch():
+    def text_of(prompt, sample):  # every third prompt has right and wrong answers
+        return prompt.text if int(prompt.text) % 3 or sample % 2 else "wrong"
+
+    stream = PromptStream(prompts(60), 0)
+    collected = collect(engine(text_of), stream, exact, prompts=8, live_only=True)
+    assert len(collected.groups) == 8
+    assert all(group.live for group in collected.groups)
+    assert collected.dropped == stream.taken - 8
+
+
+def test_dynamic_sampling_judges_accuracy_and_not_the_shaped_reward():
+    def shaped(prompt, text, finish):  # all right, but the reward differs
+        return Score(float(text[-1]), correct=True)
+
+    with pytest.raises(KeelError, match="found 0 live groups"):
+        collect(engine(lambda p, s: f"{p.text} {s}"), PromptStream(prompts(9), 0), shaped, prompts=4, live_only=True, max_rounds=3)
+
+
+def test_it_gives_up_with_the_numbers():
+    with pytest.raises(KeelError, match=r"found 0 live groups .* among 12 prompts, and 4 are needed"):
+        collect(engine(lambda p, s: p.text), PromptStream(prompts(9), 0), exact, prompts=4, live_only=True, max_rounds=3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_reward_that_is_no_number_is_unscorable_and_counted(value):
+    group = score_group(prompts(1)[0], [say(prompts(1)[0], "x", 0)], lambda *_: Score(value))
+    assert not group.scores[0].scorable
+    assert "not a finite number" in group.scores[0].reason
+
+
+def test_an_engine_failure_is_unscorable_with_its_reason():
+    asked = prompts(1)[0]
+    group = score_group(asked, [say(asked, "", 0, finish="error"), say(asked, "0", 1)], exact)
+    assert group.scores[0].reason == "engine: broken"
+    assert group.scores[1].correct
+
+
+def test_when_nothing_can_be_scored_it_says_why():
+    with pytest.raises(KeelError, match="None of 16 completions could be scored.*verifier died"):
+        collect(engine(lambda p, s: ""), PromptStream(prompts(4), 0), lambda *_: Score(None, reason="verifier died"), prompts=4)
+
+
+def test_no_prompts_is_refused():
+    with pytest.raises(KeelError, match="no training prompts"):
+        PromptStream([], 0)
