@@ -10,17 +10,24 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers.pytorch_utils
 from torch import Tensor, nn
 
 from keel.errors import KeelError
 
 _FROM_ZERO = "keel_adapters_started_from_zero"
+_PEFT_SAYS = (  # to its own developers, or of what it then puts right by itself
+    "`is_gradient_checkpointing` is deprecated",
+    "The following (rank|alpha)_pattern keys did not match",
+    "fan_in_fan_out is set to False but the target module is `Conv1D`",
+)
 
 
 @dataclass(frozen=True)
@@ -60,11 +67,11 @@ def wrap(model: nn.Module, lora: LoraConfig, seed: int = 0) -> nn.Module:
         KeelError: peft is not installed, no layer bears a target's name, or the adapter's folder cannot be read.
     """
     peft = _peft()
-    if lora.adapter:
-        wrapped = _resume(peft, model, lora.adapter)
-    else:
-        with torch.random.fork_rng(devices=[]):  # peft draws from the global state; what it drew is replaced below
-            wrapped = _fresh(peft, model, lora)
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):  # peft draws from the global random state
+        for message in _PEFT_SAYS:
+            warnings.filterwarnings("ignore", message)
+        wrapped = _resume(peft, model, lora.adapter) if lora.adapter else _fresh(peft, model, lora)
+    if not lora.adapter:
         _draw(wrapped, seed)
     for name, parameter in wrapped.named_parameters():
         parameter.requires_grad_("lora_" in name)
@@ -141,18 +148,26 @@ def _peft():
 
 
 def _fresh(peft, model: nn.Module, lora: LoraConfig) -> nn.Module:
-    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    targets = _linear_layers(model) if lora.targets == "all-linear" else lora.targets
+    targets = targets if isinstance(targets, str) else list(targets)
     config = peft.LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM"
     )
     try:
         return peft.get_peft_model(model, config)
     except ValueError as error:
-        linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+        linear = sorted({name.rpartition(".")[2] for name in _linear_layers(model)})
         raise KeelError(
-            f"LoRA cannot be put on {targets!r}: {error} This model's linear layers are {', '.join(linear)}; name some "
-            f"of them, or 'all-linear'."
+            f"LoRA cannot be put on {lora.targets!r}: {error} This model's linear layers are {', '.join(linear)}; name "
+            f"some of them, or 'all-linear'."
         ) from error
+
+
+def _linear_layers(model: nn.Module) -> list[str]:
+    """Full names of all linear layers but the head. peft's own "all-linear" would wrap a mixture's expert tensors too."""
+    head = model.get_output_embeddings()
+    linear = (nn.Linear, transformers.pytorch_utils.Conv1D)
+    return [name for name, module in model.named_modules() if isinstance(module, linear) and module is not head]
 
 
 def _resume(peft, model: nn.Module, folder: str) -> nn.Module:
