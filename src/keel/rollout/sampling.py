@@ -52,11 +52,11 @@ def draw(log_probs: Float[Tensor, "U V"], row: Int[Tensor, " R"], uniform: Float
 
     The same uniform gives the same token whatever else is in the batch, unless it lies within rounding of a boundary.
     """
-    total = log_probs.exp().double().cumsum(-1)
-    total = total[row] if len(row) != len(total) else total.index_select(0, row)
-    token = torch.searchsorted(total, (uniform * total[:, -1])[:, None], right=True)[:, 0]
-    last = torch.where(torch.isfinite(log_probs), 1, 0).cumsum(-1).argmax(-1)  # no draw falls past the last possible token
-    return torch.minimum(token, last[row])
+    mass = log_probs.exp().double().cumsum(-1)
+    mass = mass if torch.equal(row, torch.arange(len(mass), device=row.device)) else mass[row]
+    total = mass[:, -1]
+    target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))  # rounding never passes the last token
+    return torch.searchsorted(mass, target[:, None], right=True)[:, 0]
 
 
 def uniforms(keys: Sequence[tuple[int, ...]], count: int) -> Float[Tensor, "R count"]:

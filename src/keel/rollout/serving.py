@@ -38,7 +38,7 @@ class Linear:
 class _Layer:
     """One layer's own copy of its weights, with the products that share an input fused."""
 
-    def __init__(self, weights: Mapping[str, Tensor], depth: int, router: Router | None):
+    def __init__(self, weights: Mapping[str, Tensor], depth: int, shape: Shape, router: Router | None):
         here = f"model.layers.{depth}"
 
         def own(name: str) -> Tensor | None:
@@ -50,7 +50,9 @@ class _Layer:
             return Linear(matrix, None if bias[0] is None else torch.cat(bias))
 
         self.norm_in, self.norm_out = own("input_layernorm.weight"), own("post_attention_layernorm.weight")
-        self.q_norm, self.k_norm = own("self_attn.q_norm.weight"), own("self_attn.k_norm.weight")
+        q_norm, k_norm = own("self_attn.q_norm.weight"), own("self_attn.k_norm.weight")
+        both = None if q_norm is None else (q_norm.expand(shape.heads, -1), k_norm.expand(shape.kv_heads, -1))
+        self.qk_norm = None if both is None else torch.cat(both)
         self.qkv, self.o = join("self_attn", ("q_proj", "k_proj", "v_proj")), join("self_attn", ("o_proj",))
         self.router = router
         if router is None:
@@ -78,7 +80,7 @@ class FusedForward:
         self.shape, self.inv_freq = Shape.of(config), inv_freq.float()
         router = Router.of(config)
         self.embedding = weights["model.embed_tokens.weight"].clone()
-        self.layers = [_Layer(weights, depth, router) for depth in range(self.shape.layers)]
+        self.layers = [_Layer(weights, depth, self.shape, router) for depth in range(self.shape.layers)]
         self.norm = weights["model.norm.weight"].clone()
         head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
         tied = head.data_ptr() == weights["model.embed_tokens.weight"].data_ptr()
@@ -93,8 +95,10 @@ class FusedForward:
         size, shape = max(branches, len(prompts)), self.shape
         self.cache = self.embedding.new_zeros(shape.layers, 2, size, shape.kv_heads, width + new_tokens, shape.head_dim)
         self.column = width
-        self.first = torch.zeros(size, dtype=torch.long)
-        self.first[: len(prompts)] = width - lengths
+        self.first = torch.zeros(size, dtype=torch.long, device=device)
+        self.first[: len(prompts)] = (width - lengths).to(device)
+        past = torch.arange(width + new_tokens, device=device) >= self.first[:, None]
+        self.bias = torch.zeros(past.shape, device=device).masked_fill(~past, float("-inf"))
         self.slot = np.arange(len(prompts))
         source = (torch.arange(width) - (width - lengths)[:, None]).clamp(min=0).to(device)
         aligned = packing.node.gather(1, source)  # right-aligned; what stands left of a prompt is masked
@@ -114,10 +118,8 @@ class FusedForward:
         live = len(parents)
         order = torch.from_numpy(np.argsort(self.slot))  # slots are a permutation of 0 … live − 1
         x = F.embedding(tokens[order], self.embedding)
-        positions = (self.column - self.first[:live]).to(x.device)
-        turn = rotary(positions, self.inv_freq, x.dtype)
-        past = torch.arange(self.column + 1) >= self.first[:live, None]
-        bias = torch.zeros(past.shape, dtype=x.dtype).masked_fill(~past, float("-inf"))[:, None, None].to(x.device)
+        turn = rotary(self.column - self.first[:live], self.inv_freq, x.dtype)
+        bias = self.bias[:live, None, None, : self.column + 1].to(x.dtype)
         for depth, layer in enumerate(self.layers):
             q, k, v = self._qkv(layer, x, turn)
             keys, values = self.cache[depth, :, :live, :, : self.column + 1]
@@ -142,18 +144,18 @@ class FusedForward:
         if len(holes):
             dst, src = torch.from_numpy(holes), torch.from_numpy(source[~keeps])
             self.cache[:, :, dst, :, : self.column] = self.cache[:, :, src, :, : self.column]
-            self.first[dst] = self.first[src]
+            self.first[dst], self.bias[dst] = self.first[src], self.bias[src]
         self.slot = slot
 
     def _qkv(self, layer: _Layer, x: Tensor, turn) -> tuple[Tensor, Tensor, Tensor]:
-        shape = self.shape
+        shape, both = self.shape, self.shape.heads + self.shape.kv_heads
         normed = F.rms_norm(x, (x.shape[-1],), layer.norm_in, shape.eps)
-        parts = layer.qkv(normed).view(len(x), -1, shape.head_dim).split((shape.heads, shape.kv_heads, shape.kv_heads), 1)
-        q, k, v = parts
-        if layer.q_norm is not None:
-            q = F.rms_norm(q, (shape.head_dim,), layer.q_norm, shape.eps)
-            k = F.rms_norm(k, (shape.head_dim,), layer.k_norm, shape.eps)
-        return rotate(q, *turn), rotate(k, *turn), v
+        qkv = layer.qkv(normed).view(len(x), -1, shape.head_dim)
+        qk = qkv[:, :both]
+        if layer.qk_norm is not None:
+            qk = F.rms_norm(qk, (shape.head_dim,), None, shape.eps) * layer.qk_norm
+        qk = rotate(qk, *turn)
+        return qk[:, : shape.heads], qk[:, shape.heads :], qkv[:, both:]
 
     def _finish(self, layer: _Layer, x: Tensor, attended: Tensor) -> Tensor:
         x = x + layer.o(attended)
