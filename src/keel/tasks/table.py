@@ -1,0 +1,224 @@
+"""A task from a table: JSON lines, Parquet, or a data set of the `datasets` package, with named columns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from keel.errors import KeelError, nearest
+from keel.rewards.exact import after_marker, exact, exact_anywhere, in_tag, last_line, last_number
+from keel.tasks.task import PromptTask, held_out
+from keel.types import Prompt
+
+Row = Mapping[str, Any]
+EXTRACT = {
+    "auto": exact_anywhere,
+    "number": exact(last_number),
+    "line": exact(last_line),
+    "tag": exact(in_tag),
+    "marker": exact(after_marker()),
+    "text": exact(str.strip),
+}
+WRITE = {"tag": "<answer>{}</answer>", "marker": "A:{}"}  # how gold is written where it is not the completion itself
+
+
+def jsonl(variant: str, **options: str) -> PromptTask:
+    """ "jsonl:PATH?prompt=COLUMN&answer=COLUMN": one JSON object a line. Options as in `table`."""
+    return table(f"jsonl:{variant}", lambda path: read_jsonl(_file(path, "jsonl")), variant, **options)
+
+
+def parquet(variant: str, **options: str) -> PromptTask:
+    """ "parquet:PATH?prompt=COLUMN&answer=COLUMN": one Parquet file. Options as in `table`."""
+    return table(f"parquet:{variant}", lambda path: read_parquet(_file(path, "parquet")), variant, **options)
+
+
+def datasets(variant: str, split: str = "train", test_split: str = "", config: str = "", **options: str) -> PromptTask:
+    """ "datasets:NAME?prompt=COLUMN&answer=COLUMN": a hub name, or a folder that `datasets` wrote or can read.
+
+    Args:
+        split, test_split: of the data set; without a test split, one is taken from `split` by hash.
+        config: the data set's configuration, if it has several.
+    """
+
+    def read(which: str) -> Iterable[Row]:
+        return read_datasets(variant, which, config)
+
+    return table(f"datasets:{variant}", read, split, test=test_split, **options)
+
+
+def table(
+    name: str,
+    read: Callable[[str], Iterable[Row]],
+    source: str,
+    *,
+    prompt: str = "prompt",
+    answer: str = "answer",
+    answer_after: str = "",
+    extract: str = "auto",
+    suffix: str = "",
+    test: str = "",
+) -> PromptTask:
+    """A task from rows.
+
+    Args:
+        read: rows of a source (a path, a split).
+        source, test: where training and held-out rows come from. Without `test`, one row of eight is held out, by a
+            hash of its prompt, so that equal prompts stay together.
+        prompt, answer: names of columns.
+        answer_after: the gold answer is what follows this text in its column (GSM8K: "####").
+        extract: where a completion's answer is looked for: "number" (the last), "line" (the last), "tag"
+            (<answer>…</answer>), "marker" (the last line "A:…"), "text" (all of it), or "auto" (`exact.answer_in`).
+        suffix: written after every prompt.
+
+    Raises:
+        KeelError: a file, a column or a value is missing, or cannot be read.
+    """
+    grade = EXTRACT[_pick_extract(name, extract)]
+
+    def prompts(where: str, kind: str) -> list[Prompt]:
+        rows = enumerate(read(where))
+        return [_prompt(f"{kind}/{i}", row, prompt, answer, answer_after, suffix, where) for i, row in rows]
+
+    rows = prompts(source, "row")
+    if test:
+        train, held = rows, prompts(test, "test")
+    else:
+        train = [p for p in rows if not held_out(p.text)]
+        held = [p for p in rows if held_out(p.text)]
+    if rows and not held:
+        raise KeelError(
+            f"Task {name!r}: of its {len(rows)} rows none fell into the test split, which takes one row of eight. "
+            f"Expected at least one held-out row; give more rows, or name held-out data with the option `test`."
+        )
+    return PromptTask(name, train, held, grade, _gold_writer(extract))
+
+
+def _pick_extract(name: str, extract: str) -> str:
+    if extract not in EXTRACT:
+        known = ", ".join(EXTRACT)
+        raise KeelError(f"Task {name!r} got extract={extract!r}: {nearest(extract, EXTRACT)}Expected one of {known}.")
+    return extract
+
+
+def _gold_writer(extract: str) -> Callable[[Prompt], str]:
+    pattern = WRITE.get(extract, "{}")
+    return lambda prompt: pattern.replace("{}", prompt.answer)
+
+
+def _prompt(id: str, row: Row, prompt: str, answer: str, answer_after: str, suffix: str, where: str) -> Prompt:
+    text, gold = _cell(row, prompt, "prompt", id, where), _cell(row, answer, "answer", id, where)
+    if answer_after:
+        if answer_after not in gold:
+            raise KeelError(
+                f"Row {id!r} of {where!r}: its answer has no {answer_after!r}, after which gold was to stand: "
+                f"{gold[-80:]!r}. Mend the row, or leave the option answer_after out."
+            )
+        gold = gold.rsplit(answer_after, 1)[1]
+    return Prompt(id=id, text=text + suffix, answer=gold.strip(), data={"row": id})
+
+
+def _cell(row: Row, column: str, option: str, id: str, where: str) -> str:
+    """One cell as text; whole numbers are written plainly."""
+    if column not in row:
+        raise KeelError(
+            f"Row {id!r} of {where!r} has no column {column!r}: {nearest(column, map(str, row))}It has "
+            f"{', '.join(map(str, row)) or 'no columns'}. Name the right one with the option {option}=COLUMN."
+        )
+    value = row[column]
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or value != value or not str(value).strip():
+        raise KeelError(
+            f"Row {id!r} of {where!r} has {value!r} in column {column!r}. Expected a text or a number; mend the row, "
+            f"or drop it."
+        )
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def _file(path: str, kind: str) -> Path:
+    file = Path(path).expanduser()
+    if not file.is_file():
+        siblings = [entry.name for entry in file.parent.iterdir()] if file.parent.is_dir() else []
+        raise KeelError(
+            f"There is no file {path!r} for the task: {nearest(file.name, siblings)}Expected {kind}:PATH, relative to "
+            f"the folder that keel runs in or absolute."
+        )
+    return file
+
+
+def read_jsonl(file: Path) -> list[Row]:
+    """The objects of a file with one JSON object a line; empty lines are skipped.
+
+    Raises:
+        KeelError: a line is no JSON object, or there is none; says which line.
+    """
+    rows = []
+    for number, line in enumerate(_lines(file), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            where = f"Line {number} of {str(file)!r}"
+            raise KeelError(f"{where} is no JSON: {error}. Expected one object a line.") from error
+        if not isinstance(row, dict):
+            raise KeelError(f"Line {number} of {str(file)!r} is a {type(row).__name__}. Expected a JSON object.")
+        rows.append(row)
+    if not rows:
+        raise KeelError(f"File {str(file)!r} has no rows. Expected one JSON object a line.")
+    return rows
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise KeelError(f"File {str(file)!r} is no UTF-8 text: {error}. Expected JSON lines in UTF-8.") from error
+
+
+def read_parquet(file: Path) -> list[Row]:
+    """The rows of a Parquet file.
+
+    Raises:
+        KeelError: pyarrow is missing, or the file is no Parquet file.
+    """
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise KeelError(
+            f"Reading {str(file)!r} needs pyarrow, which cannot be imported ({error}). Install it: pip install "
+            f"'keel-rl[data]'."
+        ) from error
+    try:
+        return parquet.read_table(file).to_pylist()
+    except (ArrowException, OSError) as error:
+        raise KeelError(
+            f"File {str(file)!r} cannot be read as Parquet: {error} Expected a whole Parquet file."
+        ) from error
+
+
+def read_datasets(name: str, split: str, config: str = "") -> Iterable[Row]:
+    """The rows of one split of a data set, as the `datasets` package loads it.
+
+    Raises:
+        KeelError: the package is missing, or it cannot load that.
+    """
+    try:
+        import datasets as package
+    except ImportError as error:
+        raise KeelError(
+            f"Task 'datasets:{name}' needs the package datasets, which cannot be imported ({error}). Install it: pip "
+            f"install 'keel-rl[data]'."
+        ) from error
+    try:
+        if (Path(name) / "state.json").is_file():
+            return package.load_from_disk(name)
+        if (Path(name) / "dataset_dict.json").is_file():
+            return package.load_from_disk(name)[split]
+        return package.load_dataset(name, config or None, split=split)
+    except Exception as error:  # hub, network, file and format errors are of many kinds, and differ between versions
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise KeelError(
+            f"Data set {name!r} (split {split!r}) could not be loaded: {type(error).__name__}: {reason} Expected a hub "
+            f"name, or a folder that the datasets package can read. Check the name, the split and the network."
+        ) from error
