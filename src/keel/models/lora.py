@@ -149,7 +149,7 @@ def _peft():
 
 def _fresh(peft, model: nn.Module, lora: LoraConfig) -> nn.Module:
     targets = _linear_layers(model) if lora.targets == "all-linear" else lora.targets
-    targets = targets if isinstance(targets, str) else list(targets)
+    targets = [targets] if isinstance(targets, str) else list(targets)
     config = peft.LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM"
     )
@@ -164,7 +164,7 @@ def _fresh(peft, model: nn.Module, lora: LoraConfig) -> nn.Module:
 
 
 def _linear_layers(model: nn.Module) -> list[str]:
-    """Full names of all linear layers but the head. peft's own "all-linear" would wrap a mixture's expert tensors too."""
+    """Names of all linear layers but the head. peft's own "all-linear" would wrap a mixture's expert tensors too."""
     head = model.get_output_embeddings()
     linear = (nn.Linear, transformers.pytorch_utils.Conv1D)
     return [name for name, module in model.named_modules() if isinstance(module, linear) and module is not head]

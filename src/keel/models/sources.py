@@ -51,7 +51,7 @@ def locate(name: str) -> Source:
     if name in bundled():
         return Source(ASSETS / name)
     path = Path(name).expanduser()
-    if path.is_dir():
+    if path.is_dir() and name:
         return _in_folder(path)
     if path.is_file():
         return _gguf(path)
