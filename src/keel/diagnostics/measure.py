@@ -61,7 +61,9 @@ def measure(
     _groups(out, batch, prepared)
     _lengths(out, batch)
     _advantages(out, view)
-    _policy(out, view, view.mask & objective.surrogate.bound(view))
+    _policy(out, view, objective.surrogate.bound(view))
+    if batch.logp_old is not None:  # without it the update *is* on-policy, and staleness was not measured
+        _staleness(out, view)
     _gap(out, view)
     _reference(out, view)
     return out.numbers() | {"tokens/step": float(counts.tokens)}
@@ -115,6 +117,9 @@ def _policy(out: Measured, view: TokenView, clipped: Bool[Tensor, "B T"]) -> Non
     out.mean("policy/entropy_nats", view.entropy, view.mask)
     out.mean("policy/logp_mean_nats", view.logp, view.mask)
     out.mean("policy/clip_frac", clipped, view.mask)
+
+
+def _staleness(out: Measured, view: TokenView) -> None:
     out.mean("policy/log_ratio_mean_nats", view.log_ratio, view.mask)
     out.largest("policy/log_ratio_max_abs", view.log_ratio.abs(), view.mask)
     out.mean("policy/off_policy_frac", ~(view.log_ratio.abs() <= OFF_POLICY_NATS), view.mask)

@@ -103,7 +103,7 @@ METRICS = (
     Metric("train/staleness_max", "versions", "greatest age of the weights that sampled a trained token"),
     Metric("train/epoch", "epochs", "passes over the training prompts so far"),
     Metric("tokens/step", "tokens", "trained tokens of the step"),
-    Metric("tokens/generated", "tokens", "completion tokens generated for the step, dropped groups included"),
+    Metric("tokens/batch", "tokens", "completion tokens generated for the batch, dropped groups included"),
     Metric("tokens/total", "tokens", "completion tokens generated so far"),
     Metric("tokens/per_s", "tokens/s", "completion tokens generated, over the seconds of the step"),
     Metric("sampling/groups_dropped", "groups", "groups generated and not trained on"),
@@ -147,8 +147,8 @@ def metric(name: str) -> Metric:
     if found is None:
         known = [entry.name for entry in METRICS]
         raise KeelError(
-            f"No metric is named {name!r}; {nearest(name, known)}Expected a name from docs/metrics.md. A new metric gets "
-            "its line in keel/diagnostics/metrics.py, with unit and meaning, before it is written."
+            f"No metric is named {name!r}; {nearest(name, known)}Expected a name from docs/metrics.md. A new metric "
+            "gets its line in keel/diagnostics/metrics.py, with unit and meaning, before it is written."
         )
     return found
 
@@ -163,14 +163,14 @@ def metrics_markdown() -> str:
     """docs/metrics.md: every metric, by family."""
     head = (
         "# Metrics\n\n"
-        "Generated from `src/keel/diagnostics/metrics.py`; do not edit. One line of `metrics.jsonl` is one step. A metric for which\n"
-        "there was nothing to measure (the length of right completions when none is right) is absent from that line.\n"
+        "Generated from `src/keel/diagnostics/metrics.py`; do not edit. One line of `metrics.jsonl` is one step.\n"
+        "A metric for which there was nothing to measure (the length of right completions when none is right) is\n"
+        "absent from that line.\n"
     )
     return "\n".join([head, *(_section(family) for family in FAMILIES)])
 
 
 def _section(family: str) -> str:
     rows = [f"| `{m.name}` | {m.unit} | {m.meaning} |" for m in METRICS if m.family == family]
-    return "\n".join(
-        ["## " + family, "", FAMILIES[family], "", "| metric | unit | meaning |", "| --- | --- | --- |", *rows, ""]
-    )
+    head = [f"## {family}", "", FAMILIES[family], "", "| metric | unit | meaning |", "| --- | --- | --- |"]
+    return "\n".join([*head, *rows, ""])

@@ -72,6 +72,7 @@ class Objective:
         }
         return frozenset(name for name, want in wanted.items() if want)
 
+    @torch.no_grad()
     def prepare(self, batch: Batch, max_tokens: int) -> Prepared:
         """Advantages and the mask of trained tokens, of one whole rollout batch.
 
@@ -136,15 +137,15 @@ class Objective:
         once."""
         mask = prepared.mask
         logp = keep(logp, mask)
-        old = logp.detach() if batch.logp_old is None else keep(batch.logp_old, mask)
+        old = logp.detach() if batch.logp_old is None else keep(batch.logp_old.detach(), mask)
         log_ratio = logp.detach() - old
         importance = own_gradient(self.log_ratio(log_ratio, mask), logp)
         return TokenView(
             logp=logp,
             log_ratio=log_ratio,
             importance=keep(importance, mask & (prepared.advantage != 0)),
-            gap=old - keep(batch.logp_rollout, mask),
-            ref_log_ratio=None if batch.logp_ref is None else logp - keep(batch.logp_ref, mask),
+            gap=old - keep(batch.logp_rollout.detach(), mask),
+            ref_log_ratio=None if batch.logp_ref is None else logp - keep(batch.logp_ref.detach(), mask),
             entropy=keep(entropy, mask),
             advantage=keep(prepared.advantage, mask),
             mask=mask,
