@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 
 import pytest
 import torch
@@ -164,6 +165,17 @@ def test_a_plain_copy_is_frozen_and_stays_behind(tiny_policy, with_lora):
         model.lm_head.weight.data += 1
     torch.testing.assert_close(logits(copy), now, rtol=0, atol=1e-5)
     assert not torch.allclose(logits(model), now)
+
+
+def test_an_adapter_of_another_kind_is_refused(tiny_policy):
+    import peft
+
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], use_dora=True, task_type="CAUSAL_LM")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(tiny_policy.model, config)
+    with pytest.raises(KeelError, match="of another kind"):
+        merged_weights(model)
 
 
 @pytest.mark.parametrize("wrong", [dict(rank=0), dict(alpha=0.0), dict(targets="")])

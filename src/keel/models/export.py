@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from keel.errors import KeelError
+from keel.models.load import quiet
 from keel.models.lora import plain_copy
 from keel.models.policy import Policy
 
@@ -35,14 +36,13 @@ def export(policy: Policy, folder: str | Path) -> Path:
     """
     target = Path(folder).expanduser()
     if target.exists() or target.is_symlink():
-        raise KeelError(
-            f"Cannot export to {str(target)!r}: it exists, and nothing is overwritten. Name a new folder."
-        )
+        raise KeelError(f"Cannot export to {str(target)!r}: it exists, and nothing is overwritten. Name a new folder.")
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         part.mkdir()
-        _write(policy, part)
+        with quiet():
+            _write(policy, part)
         _check_reload(policy, part)
         os.rename(part, target)
     except OSError as error:
@@ -83,8 +83,6 @@ def _neutral_generation_config(policy: Policy):
 def _check_reload(policy: Policy, folder: Path) -> None:
     """The folder, read as other engines read it, gives the policy's log-probabilities on a probe, and its token ids."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from keel.models.load import quiet
 
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=policy.base.dtype).to(policy.device).eval()

@@ -112,17 +112,12 @@ def merged_weights(model: nn.Module) -> dict[str, Tensor]:
     Names are those of the model without peft. Nothing of the trained model is changed.
     """
     base = model.get_base_model()
-    deltas = {f"{name}.base_layer.weight": module for name, module in _layers(base)}
-    tensors = dict(base.state_dict())
-    out = {}
-    for name, tensor in tensors.items():
-        if ".lora_" in name:
-            continue
-        value = tensor.detach()
-        if name in deltas:
-            value = value + sum(_delta(deltas[name], adapter) for adapter in deltas[name].active_adapters)
-        out[name.replace(".base_layer.", ".")] = value
-    return out
+    adapted = {f"{name}.base_layer.weight": layer for name, layer in _layers(base)}
+    tensors = {name: tensor.detach() for name, tensor in base.state_dict().items() if ".lora_" not in name}
+    for name in adapted.keys() & tensors.keys():
+        for b, a, scale in _factors(adapted[name]):
+            tensors[name] = torch.addmm(tensors[name], b, a, alpha=scale)
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in tensors.items()}
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
@@ -197,13 +192,18 @@ def _layers(base: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, module) for name, module in base.named_modules() if isinstance(module, LoraLayer)]
 
 
-def _delta(layer: nn.Module, adapter: str) -> Tensor:
-    if layer.merged or getattr(layer, "lora_magnitude_vector", None):
-        raise KeelError(
-            "This adapter is merged already, or of the DoRA kind: its weights are not W + scale · B A. Expected plain "
-            "LoRA, unmerged; unmerge it, or load it through keel.models.lora.wrap."
-        )
-    return layer.get_delta_weight(adapter)
+def _factors(layer: nn.Module) -> list[tuple[Tensor, Tensor, float]]:
+    """(B, A, scale) of each active adapter, turned so that B A has the shape of the layer's weight."""
+    factors = []
+    for name in layer.active_adapters:
+        if layer.merged or name not in layer.lora_A or name in getattr(layer, "lora_magnitude_vector", {}):
+            raise KeelError(
+                "This adapter is merged already, or of another kind (DoRA, or on an embedding): the weights are not "
+                "W + scale · B A. Expected plain LoRA on linear layers, unmerged, as keel.models.lora.wrap makes it."
+            )
+        b, a = layer.lora_B[name].weight, layer.lora_A[name].weight
+        factors.append((a.T, b.T, layer.scaling[name]) if layer.fan_in_fan_out else (b, a, layer.scaling[name]))
+    return factors
 
 
 def _draw(wrapped: nn.Module, seed: int) -> None:
@@ -219,5 +219,6 @@ def _draw(wrapped: nn.Module, seed: int) -> None:
 
 
 def _is_zero(wrapped: nn.Module) -> bool:
+    """Whether every B is zero: then, whatever A is, the adapters change nothing."""
     layers = [layer for _, layer in _layers(wrapped.get_base_model())]
-    return not any(bool(_delta(layer, adapter).any()) for layer in layers for adapter in layer.active_adapters)
+    return not any(bool(b.weight.any()) for layer in layers for b in layer.lora_B.values())
