@@ -29,7 +29,7 @@ format: $(VENV)/.with-lint
 	@$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format --quiet .
 
 bench: $(VENV)/.with-bench
-	@$(BIN)/python benchmarks/bench.py $(ARGS)
+	@$(BIN)/python benchmarks/step_vs_trl.py $(ARGS)
 
 proof: $(VENV)/.with-tests
 	@$(BIN)/python benchmarks/proof.py $(ARGS)

@@ -10,12 +10,9 @@ This file is the table of contents. A name is imported when it is first used, so
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
-
-import keel.train  # an empty package; made callable below
 
 if TYPE_CHECKING:
     from keel.config import RunConfig as RunConfig
@@ -76,4 +73,4 @@ class _Train(ModuleType):
         return train(config, **overrides)
 
 
-sys.modules["keel.train"].__class__ = _Train
+import_module("keel.train").__class__ = _Train

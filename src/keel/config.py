@@ -1,4 +1,5 @@
-"""The run, as types: every setting with its default, its range and one phrase. Impossible combinations do not construct.
+"""The run, as types: every setting with its default, its range and one phrase. Impossible combinations do not
+construct.
 
 A configuration comes from a TOML file, a shipped one (`configs/`), or a recipe's name, and dotted overrides on top:
 `load_config("solid", {"train.lr": 1e-4})`. Reading and explaining mistakes live in `settings.py`.
@@ -7,12 +8,13 @@ A configuration comes from a TOML file, a shipped one (`configs/`), or a recipe'
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from keel.errors import KeelError
-from keel.settings import dotted, explain, merged, nested, read_source
+from keel.settings import as_list, dotted, explain, merged, nested, read_source
 
 if TYPE_CHECKING:
     from keel.objectives.recipes import Recipe
@@ -22,7 +24,16 @@ if TYPE_CHECKING:
 class Section(BaseModel):
     """A table of settings: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists(cls, given: Any) -> Any:
+        """Let a list be written as text with commas, or as its only member."""
+        if not isinstance(given, dict):
+            return given
+        kinds = {name: field.annotation for name, field in cls.model_fields.items()}
+        return {name: as_list(value, kinds.get(name)) for name, value in given.items()}
 
 
 class TrainSettings(Section):
@@ -31,20 +42,26 @@ class TrainSettings(Section):
     prompts_per_step: int = Field(32, ge=1, description="prompts behind one optimizer step")
     group_size: int = Field(8, ge=1, description="completions of each prompt")
     updates_per_batch: int | None = Field(
-        None, ge=1, description="optimizer steps per rollout phase, each on prompts_per_step prompts; none = the recipe's"
+        None,
+        ge=1,
+        description="optimizer steps per rollout phase, each on prompts_per_step prompts; none = the recipe's",
     )
     micro_batch_tokens: int | None = Field(
         16384, ge=1, description="prompt and completion tokens of one forward pass; changes memory, never the gradient"
     )
     lr: float = Field(5e-5, gt=0, description="peak learning rate of AdamW")
-    lr_schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up, over `steps`")
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="after the warm-up, over `steps`"
+    )
     warmup_steps: int = Field(0, ge=0, description="optimizer steps of linear warm-up")
     weight_decay: float = Field(0.0, ge=0, description="of AdamW")
     betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW")
     eps: float = Field(1e-8, gt=0, description="of AdamW")
     max_grad_norm: float | None = Field(1.0, gt=0, description="the gradient is scaled down to this norm; none = never")
     probe_every: int = Field(
-        1, ge=0, description="batches between separate forward passes that measure whether training is on-policy; 0 = never"
+        1,
+        ge=0,
+        description="batches between separate forward passes that measure whether training is on-policy; 0 = never",
     )
     dynamic_sampling: bool | None = Field(
         None, description="keep only groups with right and wrong answers, and sample on; none = the recipe's"
@@ -57,10 +74,14 @@ class TrainSettings(Section):
 class SamplingSettings(Section):
     """The distribution that training completions are drawn from, and evaluation's too."""
 
-    temperature: float = Field(1.0, gt=0, description="logits are divided by it, in the engine and in the trainer alike")
+    temperature: float = Field(
+        1.0, gt=0, description="logits are divided by it, in the engine and in the trainer alike"
+    )
     top_p: float = Field(1.0, gt=0, le=1, description="smallest set of likeliest tokens with this mass; 1 = all")
     top_k: int = Field(0, ge=0, description="number of likeliest tokens; 0 = all")
-    min_p: float = Field(0.0, ge=0, lt=1, description="tokens of at least this share of the likeliest one's probability")
+    min_p: float = Field(
+        0.0, ge=0, lt=1, description="tokens of at least this share of the likeliest one's probability"
+    )
     max_completion_tokens: int = Field(48, ge=1, description="completions are cut off here")
     replay_sampling_mask: bool = Field(True, description="the trainer normalises over the tokens that truncation kept")
 
@@ -80,9 +101,9 @@ class SamplingSettings(Section):
         if self.truncated and not self.replay_sampling_mask:
             raise KeelError(
                 f"Sampling is truncated (top_p {self.top_p}, top_k {self.top_k}, min_p {self.min_p}) and "
-                "sampling.replay_sampling_mask is false. Expected the trainer to know which tokens could be drawn: over the full "
-                "vocabulary the mean importance ratio is the kept mass and not 1, so every gradient is biased. Set "
-                "sampling.replay_sampling_mask = true, or top_p = 1, top_k = 0 and min_p = 0."
+                "sampling.replay_sampling_mask is false. Expected the trainer to know which tokens could be drawn: "
+                "over the full vocabulary the mean importance ratio is the kept mass and not 1, so every gradient is "
+                "biased. Set sampling.replay_sampling_mask = true, or top_p = 1, top_k = 0 and min_p = 0."
             )
         return self
 
@@ -100,8 +121,9 @@ class EvaluationSettings(Section):
     def _enough_samples(self) -> EvaluationSettings:
         if not self.ks or min(self.ks) < 1 or max(self.ks) > self.samples:
             raise KeelError(
-                f"evaluation.ks is {list(self.ks)} with evaluation.samples = {self.samples}. Expected every k between 1 and the "
-                "number of samples: pass@k cannot be estimated from fewer than k tries. Raise evaluation.samples or lower the k."
+                f"evaluation.ks is {list(self.ks)} with evaluation.samples = {self.samples}. Expected every k between "
+                "1 and the number of samples: pass@k cannot be estimated from fewer than k tries. Raise "
+                "evaluation.samples or lower the k."
             )
         return self
 
@@ -135,11 +157,13 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0, description="of everything that is drawn")
     steps: int = Field(100, ge=1, description="optimizer steps")
     out: str = Field("", description="run folder; empty = a new one below runs/")
+    plugins: tuple[str, ...] = Field((), description="modules to import first, where your own tasks or parts register")
     writers: tuple[str, ...] = Field((), description="besides metrics.jsonl: tensorboard, wandb, trackio")
     train: TrainSettings = Field(default_factory=TrainSettings)
     sampling: SamplingSettings = Field(default_factory=SamplingSettings)
     objective: dict[str, Any] = Field(
-        default_factory=dict, description="changes to the recipe's objective: surrogate = clip, surrogate.clip_high = 0.28 ..."
+        default_factory=dict,
+        description="changes to the recipe's objective: surrogate = clip, surrogate.clip_high = 0.28 ...",
     )
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
     lora: LoraSettings | None = Field(None, description="train low-rank adapters; none = all weights")
@@ -150,6 +174,13 @@ class RunConfig(Section):
             super().__init__(**data)
         except ValidationError as found:
             raise KeelError(explain(found, RunConfig)) from None
+
+    @field_validator("plugins", mode="after")
+    @classmethod
+    def _imported(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            import_plugin(name)
+        return names
 
     @field_validator("objective", mode="after")
     @classmethod
@@ -210,9 +241,10 @@ class RunConfig(Section):
         if longest_prompt + cap > context:
             room = max(0, context - longest_prompt)
             raise KeelError(
-                f"A prompt of {longest_prompt} tokens and sampling.max_completion_tokens = {cap} make {longest_prompt + cap} "
-                f"tokens, and {self.model} holds {context}. Expected prompt + completion to fit. Lower the cap to {room} or "
-                "less, drop long prompts from the task, or take a model with a longer context."
+                f"A prompt of {longest_prompt} tokens and sampling.max_completion_tokens = {cap} make "
+                f"{longest_prompt + cap} tokens, and {self.model} holds {context}. Expected prompt + completion to "
+                f"fit. Lower the cap to {room} or less, drop long prompts from the task, or take a model with a "
+                "longer context."
             )
 
 
@@ -230,14 +262,17 @@ def _refuse_lone_completions(config: RunConfig) -> None:
     recipe = config.chosen()
     if config.train.group_size == 1 and _silent_alone(recipe):
         raise KeelError(
-            f"train.group_size is 1, and recipe {config.recipe!r} compares the completions of one prompt with each other: a group of "
-            "one has no baseline, so every advantage would be 0 or undefined. Expected a group of at least 2. Set "
-            "train.group_size = 8, or take a recipe whose baseline is the batch (`keel papers` lists them)."
+            f"train.group_size is 1, and recipe {config.recipe!r} compares the completions of one prompt with each "
+            "other: a group of one has no baseline, so every advantage would be 0 or undefined. Expected a group of "
+            "at least 2. Set train.group_size = 8, or take a recipe whose baseline is the batch (`keel papers` lists "
+            "them)."
         )
 
 
 def _silent_alone(recipe: Recipe) -> bool:
-    """Whether a right and a wrong completion, each alone in its group, both get advantage 0: asked of the advantage itself."""
+    """Whether a right and a wrong completion, each alone in its group, both get advantage 0: asked of the advantage
+    itself.
+    """
     import torch
 
     from keel.objectives.signals import Scored
@@ -245,3 +280,19 @@ def _silent_alone(recipe: Recipe) -> bool:
     reward, alone, true = torch.tensor([0.0, 1.0]), torch.tensor([0, 1]), torch.tensor([True, True])
     scored = Scored(reward, alone, true, true[:, None])
     return not bool(recipe.objective.advantage(reward[:, None], scored).any())
+
+
+def import_plugin(name: str) -> None:
+    """Import a module for what it registers.
+
+    Raises:
+        KeelError: there is no such module.
+    """
+    try:
+        import_module(name)
+    except ModuleNotFoundError as missing:
+        raise KeelError(
+            f"plugins names {name!r}, and no module {missing.name!r} was found. Expected a module on Python's path "
+            "that registers recipes, parts or tasks when it is imported. Run from its folder, install it, or mend the "
+            "name."
+        ) from None

@@ -1,17 +1,21 @@
-"""What the person at the terminal sees while a run trains: one live line, or a plain line now and then where nobody watches."""
+"""What the person at the terminal sees while a run trains: one live line, or a plain line now and then where nobody
+watches.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import IO, Protocol
+from io import TextIOBase
+from typing import Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-SHOWN = (("reward/mean", "reward"), ("eval/pass@1", "pass@1"), ("length/mean_tokens", "length"))
+SHOWN = (("reward/mean", "reward"), ("eval/pass@1", "pass@1"), ("length/mean", "length"))
 
 
+@runtime_checkable
 class Display(Protocol):
     """Something that shows how a run is getting on."""
 
@@ -76,7 +80,7 @@ class PlainLines:
         done: of them, before this process.
     """
 
-    def __init__(self, stream: IO[str], steps: int, done: int = 0):
+    def __init__(self, stream: TextIOBase, steps: int, done: int = 0):
         self.stream, self.steps, self.begun, self.done = stream, steps, time.perf_counter(), done
         self.every, self.seen = max(1, steps // 20), _Seen()
 
@@ -105,13 +109,12 @@ class _Seen:
 
     def told(self, metrics: Mapping[str, float]) -> str:
         self.values |= {name: metrics[name] for name, _ in SHOWN if name in metrics}
-        if metrics.get("time/step_s") and "tokens/step" in metrics:
-            self.values["rate"] = metrics["tokens/step"] / metrics["time/step_s"]
+        self.values |= {"rate": metrics["tokens/per_s"]} if "tokens/per_s" in metrics else {}
         said = [f"{word} {self.values[name]:.3g}" for name, word in SHOWN if name in self.values]
         return "  ".join(said + ([f"{self.values['rate']:,.0f} tokens/s"] if "rate" in self.values else []))
 
 
-def display(stream: IO[str], steps: int, done: int = 0, *, quiet: bool = False) -> Display:
+def display(stream: TextIOBase, steps: int, done: int = 0, *, quiet: bool = False) -> Display:
     """The display that fits a stream: live on a terminal, plain lines elsewhere."""
     if quiet:
         return Silent()

@@ -1,13 +1,13 @@
 """One run on disk: its resolved settings, where it came from, what was measured, what was said, and what it came to.
 
-config.toml, manifest.json, metrics.jsonl (one object per optimizer step; step 0 is the evaluation before), rollouts.jsonl (one per
-completion), summary.json, curves.png, checkpoints/. A folder appears with its config and manifest in it, or not at all.
+config.toml, manifest.json, metrics.jsonl (one object per optimizer step; step 0 is the evaluation before),
+rollouts.jsonl (one per completion), summary.json, curves.png, checkpoints/. A folder appears with its config and
+manifest in it, or not at all.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import re
@@ -23,7 +23,7 @@ import tomli_w
 
 from keel.config import RunConfig, load_config
 from keel.errors import KeelError
-from keel.train.checkpoint import disk_error, write_atomically
+from keel.files import append_jsonl, cut_jsonl, disk_error, json_of, read_jsonl, write_atomically
 from keel.types import Group
 
 
@@ -105,9 +105,11 @@ class RunFolder:
         append_jsonl(self.rollouts, (row for group in groups for row in _rollout_rows(step, group)))
 
     def cut_back(self, step: int) -> None:
-        """Forget everything after `step`, and lines that a killed process left unfinished: the run goes on from there."""
+        """Forget everything after `step`, and lines that a killed process left unfinished: the run goes on from
+        there.
+        """
         for path in (self.metrics, self.rollouts):
-            _keep_until(path, step)
+            cut_jsonl(path, step)
 
     def rewrite_config(self, config: RunConfig) -> None:
         """Replace the settings (a run that goes on for longer)."""
@@ -128,8 +130,8 @@ def place_of(config: RunConfig) -> Path:
         path = Path(config.out)
         if path.is_file() or (path.is_dir() and any(path.iterdir())):
             raise KeelError(
-                f"The run folder {config.out!r} exists already. Expected a new one: nothing is ever overwritten. Go on with that run by "
-                f"`keel train --resume {config.out}`, choose another --out, or delete it."
+                f"The run folder {config.out!r} exists already. Expected a new one: nothing is ever overwritten. Go "
+                f"on with that run by `keel train --resume {config.out}`, choose another --out, or delete it."
             )
         return path
     parts = (config.recipe, config.model, config.task, f"seed{config.seed}")
@@ -143,39 +145,12 @@ def toml_of(config: RunConfig) -> str:
     return tomli_w.dumps(_without_none(config.model_dump(mode="json")))
 
 
-def json_of(value: Mapping[str, Any]) -> str:
-    """Indented JSON; a number that is not finite becomes null, which JSON can say."""
-    return json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Add one line per row, all of them or none."""
-    text = "".join(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-    before = path.stat().st_size if path.exists() else 0
-    try:
-        with open(path, "ab", buffering=0) as file:
-            _write_all(file, text.encode())
-    except OSError as fault:
-        if path.exists():
-            os.truncate(path, before)
-        raise disk_error(fault, path.name, path.parent) from fault
-
-
-def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a file of JSON lines; none if it is missing. A last line without its end is not there yet."""
-    if not path.is_file():
-        return
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)
-
-
 def environment() -> dict[str, Any]:
     """Versions that a result depends on. Says nothing of the machine's name or its user."""
     packages = ("keel-rl", "torch", "transformers", "tokenizers", "numpy", "safetensors", "peft")
     return {
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages if _version(name)},
+        "versions": {"python": platform.python_version()}
+        | {name: _version(name) for name in packages if _version(name)},
         "git": git_revision(Path(__file__).parent),
         "platform": f"{platform.system()} {platform.machine()}",
     }
@@ -186,7 +161,11 @@ def git_revision(folder: Path) -> dict[str, Any] | None:
     try:
         revision = _git(folder, "rev-parse", "HEAD")
         tracked = _git(folder, "ls-files", "--error-unmatch", "errors.py")
-        return {"revision": revision, "changed": bool(_git(folder, "status", "--porcelain", "--", "."))} if tracked else None
+        return (
+            {"revision": revision, "changed": bool(_git(folder, "status", "--porcelain", "--", "."))}
+            if tracked
+            else None
+        )
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -217,31 +196,6 @@ def _rollout_rows(step: int, group: Group) -> Iterator[dict[str, Any]]:
             "finish": completion.finish,
             "tokens": len(completion.token_ids),
         } | ({"unscorable": score.reason} if not score.scorable else {})
-
-
-def _keep_until(path: Path, step: int) -> None:
-    if not path.is_file():
-        return
-    draft = path.with_name(f".draft-{path.name}-{os.getpid()}")
-    with open(path, encoding="utf-8") as old, open(draft, "w", encoding="utf-8") as new:
-        new.writelines(line for line in old if line.endswith("\n") and json.loads(line)["step"] <= step)
-        new.flush()
-        os.fsync(new.fileno())
-    os.replace(draft, path)
-
-
-def _write_all(file: Any, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[file.write(view) :]
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
-    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _without_none(value: Any) -> Any:

@@ -1,4 +1,6 @@
-"""Reading settings, laying overrides on top, and saying what is wrong with them. Knows the shape of a config, not its meaning."""
+"""Reading settings, laying overrides on top, and saying what is wrong with them. Knows the shape of a config, not its
+meaning.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +45,23 @@ def parse_value(text: str) -> Any:
     return value if isinstance(value, bool | int | float | list | dict | str) else text
 
 
+def as_list(value: Any, annotation: Any) -> Any:
+    """For a setting that holds several values: "a,b" → ["a", "b"], 4 → [4] and "a" → ["a"]; else the value as it is.
+
+    A word alone stays one where the setting can be a word too.
+    """
+    alternatives = annotation, *typing.get_args(annotation)
+    if tuple not in map(typing.get_origin, alternatives) or not isinstance(value, str | int | float):
+        return value
+    if isinstance(value, str) and "," in value:
+        return [parse_value(part.strip()) for part in value.split(",")]
+    return [value] if not isinstance(value, str) or typing.get_origin(annotation) is tuple else value
+
+
 def nested(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted keys as nested tables: {"train.lr": 1} → {"train": {"lr": 1}}. What stands below `objective` stays dotted."""
+    """Dotted keys as nested tables: {"train.lr": 1} → {"train": {"lr": 1}}. What stands below `objective` stays
+    dotted.
+    """
     tree: dict[str, Any] = {}
     for key, value in overrides.items():
         for part in reversed(key.split(".", 1 if key.startswith("objective.") else -1)):
@@ -82,7 +99,9 @@ def read_source(source: str) -> dict[str, Any]:
     if source in shipped():
         return read_toml(shipped()[source])
     if "/" in source or "\\" in source:
-        raise KeelError(f"{source!r} is not a TOML file. Expected a path that ends in .toml, a shipped configuration or a recipe.")
+        raise KeelError(
+            f"{source!r} is not a TOML file. Expected a path that ends in .toml, a shipped configuration or a recipe."
+        )
     return {"recipe": source}
 
 
@@ -92,10 +111,13 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise KeelError(
-            f"There is no file {str(path)!r}. Expected a TOML file with settings; the shipped ones go by name: {', '.join(shipped())}."
+            f"There is no file {str(path)!r}. Expected a TOML file with settings; the shipped ones go by name: "
+            f"{', '.join(shipped())}."
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
-        raise KeelError(f"{path} is not TOML: {fault}. Expected lines such as lr = 1e-4 below [train]. Mend that place.") from None
+        raise KeelError(
+            f"{path} is not TOML: {fault}. Expected lines such as lr = 1e-4 below [train]. Mend that place."
+        ) from None
 
 
 def settings_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
@@ -173,7 +195,9 @@ def kind(annotation: Any) -> str:
         return "table"
     if inner:
         return " or ".join(kind(each) for each in inner)
-    return {int: "whole number", float: "number", str: "text", bool: "true or false", type(None): "none"}.get(annotation, "any")
+    return {int: "whole number", float: "number", str: "text", bool: "true or false", type(None): "none"}.get(
+        annotation, "any"
+    )
 
 
 def _lower(text: str) -> str:

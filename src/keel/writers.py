@@ -1,6 +1,7 @@
 """Where metrics go while a run trains: one small seam, and an implementation for each place.
 
-A Writer of your own needs two methods. `metrics.jsonl` is always written; the others are named by the setting `writers`.
+A Writer of your own needs two methods. `metrics.jsonl` is always written; the others are named by the setting
+`writers`.
 """
 
 from __future__ import annotations
@@ -8,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from keel.errors import KeelError, nearest
-from keel.run_folder import append_jsonl
+from keel.files import append_jsonl
 
 
+@runtime_checkable
 class Writer(Protocol):
     """Something that takes each step's metrics."""
 
@@ -64,7 +66,9 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-    """A run in the project "keel" of Weights & Biases, named like the run folder; a resumed run goes on in the same place."""
+    """A run in the project "keel" of Weights & Biases, named like the run folder; a resumed run goes on in the same
+    place.
+    """
 
     def __init__(self, folder: Path, config: Mapping[str, Any], step: int):
         module = _imported("wandb", "wandb")
@@ -121,6 +125,6 @@ def _imported(module: str, package: str) -> Any:
         return import_module(module)
     except ImportError as missing:
         raise KeelError(
-            f"The writer {package!r} needs the package {package}, which could not be imported ({missing}). Install it with "
-            f"`pip install 'keel-rl[{package}]'`, or leave it out of `writers`."
+            f"The writer {package!r} needs the package {package}, which could not be imported ({missing}). Install it "
+            f"with `pip install 'keel-rl[{package}]'`, or leave it out of `writers`."
         ) from None

@@ -1,12 +1,12 @@
 """Checkpoints that are whole or not there: written beside, flushed to disk, then renamed into place.
 
-A folder of checkpoints holds `step-00000050/` (tensors.safetensors, state.json), older ones, and `latest`, which names the newest.
-A process that is killed at any instruction leaves the last whole checkpoint readable; a full disk leaves it untouched.
+A folder of checkpoints holds `step-00000050/` (tensors.safetensors, state.json), older ones, and `latest`, which names
+the newest. A process that is killed at any instruction leaves the last whole checkpoint readable; a full disk leaves
+it untouched.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -25,9 +25,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from keel.errors import KeelError
+from keel.files import disk_error, flush, flush_folder, write_atomically
 
 FORMAT = 1
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int = 2) -> Path:
@@ -84,8 +84,9 @@ def load(folder: Path, step: int | None = None) -> tuple[int, dict[str, Tensor],
         others = [s for s in checkpoints(folder) if s != step]
         remain = f"Whole ones may remain at steps {others}" if others else "No other one remains"
         raise KeelError(
-            f"The checkpoint {place} is damaged: {fault}. Expected state.json and a tensors.safetensors with the sha256 that it "
-            f"names. {remain}: delete {place.name} to go on from the newest of them, or start the run anew."
+            f"The checkpoint {place} is damaged: {fault}. Expected state.json and a tensors.safetensors with the "
+            f"sha256 that it names. {remain}: delete {place.name} to go on from the newest of them, or start the run "
+            "anew."
         ) from fault
 
 
@@ -114,7 +115,9 @@ def checkpoints(folder: Path) -> list[int]:
 
 
 def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Every global random generator's state, as tensors and JSON. Training draws from keyed seeds; this covers what plugins use."""
+    """Every global random generator's state, as tensors and JSON. Training draws from keyed seeds; this covers what
+    plugins use.
+    """
     _, keys, *rest = np.random.get_state()
     tensors = {"random.torch": torch.get_rng_state(), "random.numpy": torch.from_numpy(keys.astype(np.int64))}
     if torch.cuda.is_available():
@@ -135,45 +138,16 @@ def restore_random_state(tensors: Mapping[str, Tensor], state: Mapping[str, Any]
         torch.cuda.set_rng_state_all(cuda)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small text file at once: readers see the old or the new, never a part."""
-    draft = path.with_name(f".draft-{path.name}-{os.getpid()}")
-    try:
-        with open(draft, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
-    _flush_folder(path.parent)
-
-
-def disk_error(fault: OSError, what: str, folder: Path) -> KeelError:
-    """The paragraph for a write that failed."""
-    if fault.errno in NO_ROOM:
-        return KeelError(
-            f"There was no room on the disk for the {what} in {folder} ({fault.strerror}). What had been saved before is untouched, and "
-            "nothing half-written is left. Free some space, or lower checkpoint.keep, and go on from the last checkpoint with "
-            "`keel train --resume RUN`."
-        )
-    return KeelError(
-        f"The {what} could not be written to {folder}: {fault}. Expected a folder that this user may write to. What had been saved "
-        "before is untouched."
-    )
-
-
 def _write(draft: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     path = draft / "tensors.safetensors"
     with _plain_os_errors():
         save_file(_apart(tensors), path)
-    _flush(path)
+    flush(path)
     record = {"format": FORMAT, "step": step, "sha256": _digest(path), "state": dict(state)}
     text = json.dumps(record, allow_nan=False)
     (draft / "state.json").write_text(text, encoding="utf-8")
-    _flush(draft / "state.json")
-    _flush_folder(draft)
+    flush(draft / "state.json")
+    flush_folder(draft)
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -205,7 +179,7 @@ def _put_in_place(draft: Path, target: Path) -> None:
     if target.exists():
         _discard(target)
     os.rename(draft, target)
-    _flush_folder(target.parent)
+    flush_folder(target.parent)
 
 
 def _discard(place: Path) -> None:
@@ -231,19 +205,6 @@ def _check_digest(path: Path, expected: str) -> None:
 def _digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _name(step: int) -> str:

@@ -1,0 +1,7 @@
+"""`python -m keel` is `keel`."""
+
+import sys
+
+from keel.cli import main
+
+sys.exit(main())

@@ -1,0 +1,371 @@
+"""One run put together: settings → policy, task, engine → the loop, with evaluation, writers, checkpoints and Ctrl-C
+around it.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from keel.config import RunConfig, load_config
+from keel.errors import KeelError
+from keel.manifest import check_same_origin, manifest
+from keel.models.policy import Policy
+from keel.objectives.recipes import Recipe
+from keel.progress import Display, display
+from keel.rollout.engine import Engine, Seed
+from keel.run_folder import RunFolder
+from keel.summary import panel_name, summarise
+from keel.tasks.task import Task, get_task
+from keel.train import checkpoint
+from keel.train.loop import StepRecord, Trainer, iterate
+from keel.types import Sampling
+from keel.writers import JsonlWriter, Writer, open_writers
+
+EVALUATION = 2**31  # the step that evaluations draw under: the same draws each time, and never training's
+
+
+class Interrupted(KeyboardInterrupt):
+    """Someone asked the run to stop. It is saved; the text says how to go on."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of."""
+
+    config: RunConfig
+    policy: Policy
+    engine: Engine
+    task: Task
+    recipe: Recipe
+    panel: dict[str, Task] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has ended.
+
+    Args:
+        folder: everything that it left on disk.
+        policy: the trained policy.
+        summary: as in `summary.json`.
+    """
+
+    folder: RunFolder
+    policy: Policy
+    summary: dict[str, Any]
+
+    def report(self) -> None:
+        """Print what the run came to, and where its picture is."""
+        console = Console()
+        console.print(_table(self.summary))
+        console.print(f"curves   {self.folder.curves}\nrun      {self.folder.path}", highlight=False, soft_wrap=True)
+
+
+def train(config: RunConfig | str = "solid", *, quiet: bool = False, **overrides: Any) -> Run:
+    """Train, from settings to a run folder.
+
+    Args:
+        config: settings, or what `load_config` takes: a recipe, a shipped configuration, a TOML file.
+        quiet: show no progress.
+        overrides: settings on top: model="tiny-dense", train={"lr": 1e-4}, **{"sampling.temperature": 0.8}.
+
+    Raises:
+        KeelError: the settings, the model, the task or the folder cannot be used; or training cannot go on.
+        Interrupted: Ctrl-C; the run is saved and can be resumed.
+    """
+    config = load_config(config, overrides) if isinstance(config, str) else config.replaced(overrides)
+    parts = assemble(config.resolved())
+    folder = RunFolder.create(
+        parts.config, manifest(parts.config, parts.policy, parts.task, parts.engine, parts.recipe)
+    )
+    trainer = Trainer(parts.policy, parts.engine, parts.task, parts.recipe, parts.config)
+    return _Session(parts, folder, trainer, quiet).run()
+
+
+def resume(path: str | Path, *, steps: int | None = None, quiet: bool = False) -> Run:
+    """Go on with a run from its newest checkpoint, bit for bit as if it had never stopped.
+
+    Args:
+        path: the run folder.
+        steps: train for more steps than was first asked.
+
+    Raises:
+        KeelError: not a run folder, a damaged checkpoint, or another model or task than the run began with.
+    """
+    folder = RunFolder.open(path)
+    config = _longer(folder, steps) if steps is not None else folder.config
+    parts = assemble(config)
+    check_same_origin(folder.manifest, parts.policy, parts.task)
+    trainer = Trainer(parts.policy, parts.engine, parts.task, parts.recipe, parts.config)
+    if not checkpoint.checkpoints(folder.checkpoints):  # stopped before the first: begin again
+        folder.cut_back(-1)
+        return _Session(parts, folder, trainer, quiet).run()
+    step, tensors, state = checkpoint.load(folder.checkpoints)
+    trainer.restore(tensors, state["clocks"])
+    checkpoint.restore_random_state(tensors, state["random"])
+    folder.cut_back(step)
+    return _Session(parts, folder, trainer, quiet).run()
+
+
+def assemble(config: RunConfig, policy: Policy | None = None) -> Parts:
+    """Load what the settings name: the policy (unless given), an engine, the task and its panel; check that they
+    fit.
+    """
+    from keel.models.load import load_policy
+    from keel.models.lora import LoraConfig
+    from keel.rollout.local import LocalEngine
+
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    lora = LoraConfig(**config.lora.model_dump()) if config.lora else None
+    task, recipe = get_task(config.task), config.chosen()
+    panel = {panel_name(spec): get_task(spec) for spec in config.evaluation.panel}
+    if policy is None:
+        policy = load_policy(
+            config.model, template=config.template, lora=lora, device=config.train.device, seed=config.seed
+        )
+    config.check_fits(policy.context, _longest_prompt(policy, (task, *panel.values())))
+    return Parts(config, policy, LocalEngine(policy), task, recipe, panel)
+
+
+def trained_policy(folder: RunFolder, step: int | None = None) -> Policy:
+    """The policy of a run as its newest checkpoint (or that of one step) holds it."""
+    from keel.models.load import load_policy
+    from keel.models.lora import LoraConfig
+
+    config = folder.config
+    lora = LoraConfig(**config.lora.model_dump()) if config.lora else None
+    policy = load_policy(
+        config.model, template=config.template, lora=lora, device=config.train.device, seed=config.seed
+    )
+    _, tensors, _ = checkpoint.load(folder.checkpoints, step)
+    with torch.no_grad():
+        for name, parameter in policy.parameters().items():
+            parameter.copy_(tensors[f"weights.{name}"])
+    return policy
+
+
+def held_out(parts: Parts) -> dict[str, float]:
+    """Every number of one evaluation by its metric's name: the task's test split, and each panel task's.
+
+    The template, the sampling and the reward are training's own.
+    """
+    start, sampling = time.perf_counter(), parts.config.sampling.distribution()
+    told = {}
+    for name, task in (("", parts.task), *parts.panel.items()):
+        numbers = _evaluated(parts, task, sampling)
+        told |= {f"eval/{name}/{key}" if name else f"eval/{key}": value for key, value in numbers.items()}
+    return told | {"time/eval_s": time.perf_counter() - start}
+
+
+def _evaluated(parts: Parts, task: Task, sampling: Sampling) -> dict[str, float]:
+    from keel.evaluate import evaluate
+
+    settings, policy = parts.config.evaluation, parts.policy
+    prompts = [policy.template.render(prompt, policy.tokenizer) for prompt in task.test[: settings.prompts]]
+    seed = Seed(parts.config.seed, EVALUATION)
+    ks = tuple(sorted({1, *settings.ks}))
+    return _named(evaluate(parts.engine, prompts, task, sampling, settings.samples, seed, ks))
+
+
+def _named(numbers: dict[str, float]) -> dict[str, float]:
+    """An evaluation's numbers as metrics: shares in place of counts, and the interval named after what it bounds."""
+    told = {name: value for name, value in numbers.items() if name.startswith("pass@") or "_" in name}
+    told |= {"pass@1_low": numbers["low"], "pass@1_high": numbers["high"]}
+    return told | {"unscorable_frac": numbers["unscorable"] / (numbers["prompts"] * numbers["samples"])}
+
+
+class _Session:
+    """The loop with everything around it. What it writes can be read at any moment, and cut back to any checkpoint."""
+
+    def __init__(self, parts: Parts, folder: RunFolder, trainer: Trainer, quiet: bool):
+        config, done = parts.config, trainer.step
+        self.parts, self.folder, self.trainer = parts, folder, trainer
+        self.rows = folder.rows()
+        self.clock = _Clock(self.rows)
+        self.saved = done
+        shown = config.model_dump(mode="json")
+        self.writers: list[Writer] = [
+            JsonlWriter(folder.metrics),
+            *open_writers(config.writers, folder.path, shown, done),
+        ]
+        self.display: Display = display(sys.stderr, config.steps, done, quiet=quiet)
+
+    def run(self) -> Run:
+        try:
+            with stop_requests(self.display.say) as stop:
+                if not self.rows:
+                    self._write(0, held_out(self.parts))
+                self._stop_if_asked(stop)
+                for record in iterate(self.trainer):
+                    self._after(record)
+                    self._stop_if_asked(stop, record.batch_ends)
+        finally:
+            self.display.close()
+            for writer in self.writers:
+                writer.close()
+        return self._finished()
+
+    def _after(self, record: StepRecord) -> None:
+        """A step is done: evaluate and write, and save where it is time. Both wait for the end of a rollout batch."""
+        config, step = self.parts.config, record.step
+        last = step >= config.steps
+        metrics = dict(record.metrics)
+        if record.batch_ends and (last or _crossed(config.evaluation.every, self._last("eval/pass@1"), step)):
+            metrics |= held_out(self.parts)
+        if record.skipped:
+            self.display.say(
+                f"step {step} was skipped: the gradient of {record.skipped} was not finite; no weight changed"
+            )
+        self.folder.add_rollouts(step, record.groups)
+        self._write(step, metrics)
+        if record.batch_ends and (last or _crossed(config.checkpoint.every, self.saved, step)):
+            self._save()
+
+    def _write(self, step: int, metrics: dict[str, float]) -> None:
+        metrics["time/total_s"] = self.clock.seconds()
+        for writer in self.writers:
+            writer.write(step, metrics)
+        self.rows.append({"step": step, **metrics})
+        self.display.show(step, metrics)
+
+    def _save(self) -> None:
+        tensors, clocks = self.trainer.state()
+        random_tensors, random_state = checkpoint.random_state()
+        state = {"clocks": clocks, "random": random_state}
+        keep = self.parts.config.checkpoint.keep
+        checkpoint.save(self.folder.checkpoints, self.trainer.step, tensors | random_tensors, state, keep)
+        self.saved = self.trainer.step
+
+    def _stop_if_asked(self, stop: StopRequest, batch_ends: bool = True) -> None:
+        if not stop.signal or not batch_ends or self.trainer.step >= self.parts.config.steps:
+            return
+        if self.trainer.step > self.saved:
+            self._save()
+        self._draw()
+        raise Interrupted(
+            f"Stopped after step {self.trainer.step} of {self.parts.config.steps}; everything is saved. "
+            f"Go on with: keel train --resume {self.folder.path}"
+        )
+
+    def _last(self, name: str) -> int:
+        return max((row["step"] for row in self.rows if name in row), default=0)
+
+    def _finished(self) -> Run:
+        self.rows = self.folder.rows()
+        summary = summarise(self.rows)
+        self.folder.finish(summary)
+        self._draw()
+        return Run(self.folder, self.parts.policy, summary)
+
+    def _draw(self) -> None:
+        from keel.curves import draw  # matplotlib takes its time to import
+
+        config = self.parts.config
+        title = f"{config.recipe} · {config.model} · {config.task} · seed {config.seed}"
+        draw(self.rows, self.folder.curves, title)
+
+
+class _Clock:
+    """Seconds that the run has taken, over all processes that worked on it, up to what was kept."""
+
+    def __init__(self, rows: list[dict[str, Any]]):
+        self.before = rows[-1].get("time/total_s", 0.0) if rows else 0.0
+        self.start = time.perf_counter()
+
+    def seconds(self) -> float:
+        return self.before + time.perf_counter() - self.start
+
+
+@dataclass
+class StopRequest:
+    """Which signal asked the run to stop; 0 for none."""
+
+    signal: int = 0
+
+
+@contextmanager
+def stop_requests(say: Callable[[str], None]) -> Iterator[StopRequest]:
+    """While inside, Ctrl-C and SIGTERM ask for a stop at the next whole step; a second one stops at once."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        if request.signal:
+            raise KeyboardInterrupt
+        request.signal = number
+        say(
+            "Stopping after this step, to save it. Once more stops at once and loses the steps since the last "
+            "checkpoint."
+        )
+
+    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _crossed(every: int, before: int, now: int) -> bool:
+    """Whether a multiple of `every` lies in (before, now]; never for 0."""
+    return every > 0 and now // every > before // every
+
+
+def _longer(folder: RunFolder, steps: int) -> RunConfig:
+    config = folder.config
+    if config.train.lr_schedule != "constant" and steps != config.steps:
+        raise KeelError(
+            f"This run's learning rate follows a {config.train.lr_schedule} schedule over {config.steps} steps, and "
+            f"--steps {steps} would bend it. Expected the same number of steps; start a new run, or use lr_schedule = "
+            "constant from the beginning."
+        )
+    longer = config.replaced({"steps": steps})
+    folder.rewrite_config(longer)
+    return longer
+
+
+def _longest_prompt(policy: Policy, tasks: tuple[Task, ...], looked_at: int = 64) -> int:
+    """Tokens of the longest rendered prompt among those with the most characters."""
+    prompts = [prompt for task in tasks for prompt in (*task.train, *task.test)]
+    wordy = sorted(prompts, key=lambda prompt: len(prompt.text))[-looked_at:]
+    return max((len(policy.template.render(prompt, policy.tokenizer).token_ids) for prompt in wordy), default=0)
+
+
+def _table(summary: dict[str, Any]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for heading in ("held out", "before", "after"):
+        table.add_column(heading, justify="left" if heading == "held out" else "right")
+    evaluation = {name: ends for name, ends in summary["eval"].items() if name != "panel"}
+    low, high = (evaluation.pop(f"pass@1_{end}", {}) for end in ("low", "high"))
+    for name, ends in evaluation.items():
+        table.add_row(name, *(_short(ends[when]) for when in ("before", "after")))
+        if name == "pass@1" and low and high:
+            table.add_row("  95 %", *(f"{_short(low[when])} – {_short(high[when])}" for when in ("before", "after")))
+    for task, ends in summary["eval"]["panel"].items():
+        table.add_row(f"{task} pass@1", *(_short(ends[when]) for when in ("before", "after")))
+    for name in ("steps", "tokens", "seconds", "clip_frac_max", "gap_max_abs_nats"):
+        table.add_row(name, "", _short(summary[name]))
+    return table
+
+
+def _short(value: float | None) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.3g}" if abs(value) < 1 else f"{value:,.1f}"
