@@ -19,6 +19,7 @@ from torch import Tensor
 from keel.errors import KeelError, nearest
 from keel.models.characters import END, PAD, VOCABULARY, character_tokenizer, encode
 from keel.models.corpus import MIXTURES, Mixture, example
+from keel.models.load import quiet
 
 CONTEXT = 256
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
@@ -195,8 +196,11 @@ def _losses(
 def save(model, folder: Path, report: dict[str, Any]) -> None:
     """A plain transformers folder (fp32), with how it was made in pretrain.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
+    with quiet():
+        model.save_pretrained(folder)
     character_tokenizer().save_pretrained(folder)
+    for file in folder.iterdir():
+        file.chmod(0o644)
     (folder / "pretrain.json").write_text(json.dumps(report, indent=2) + "\n")
 
 

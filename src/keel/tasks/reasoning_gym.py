@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from keel.types import Prompt, Score
 
 LONGEST = 4096  # characters an answer may have, or four times gold's: some scorers take quadratic time
 FULL = 1.0 - 1e-9
+_NOT_A_NUMBER = re.compile(r"\b(nan|inf|infinity)\b", re.IGNORECASE)  # every comparison with NaN fails, as some pass on
 
 
 def reasoning_gym(
@@ -28,7 +30,7 @@ def reasoning_gym(
     earns 0 and never reaches the scorer.
 
     Args:
-        train_size, test_size: prompts at most; prompts of equal text are taken once.
+        train_size, test_size: prompts at most; of equal texts one is taken, and none whose right answer is to say nothing.
         seed: of the data set.
         suffix: written after every question.
         config: the data set's own settings, for instance max_terms=3; text is read as a number or bool where it is one.
@@ -42,7 +44,7 @@ def reasoning_gym(
     seen: set[str] = set()
     for index in range(len(data)):
         entry = data[index]
-        if entry["question"] in seen:
+        if entry["question"] in seen or entry["answer"] == "":
             continue
         seen.add(entry["question"])
         split = "test" if held_out(entry["question"]) else "train"
@@ -63,6 +65,8 @@ def grader(score_answer: Callable[[str, Mapping[str, Any]], float]) -> Callable[
             return Score(0.0, reason="no answer found")
         if len(answer) > max(LONGEST, 4 * len(prompt.answer)):
             return Score(0.0, reason="answer too long")
+        if _NOT_A_NUMBER.search(answer) and not _NOT_A_NUMBER.search(prompt.answer):
+            return Score(0.0, reason="not a number")
         try:
             value = float(score_answer(answer, prompt.data["entry"]))
         except Exception as error:  # scorers index into what a model wrote, and fail in as many ways
