@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from keel.files import write_atomically, written
 
 INK, FAINT, GRID = "#22303c", "#8795a1", "#e4e9ee"
 BLUE, GREEN, AMBER, RED, VIOLET, TEAL = "#2f6fde", "#1b9e77", "#d98b0f", "#c8443c", "#7b5bd6", "#138a9e"
@@ -33,9 +36,10 @@ def draw(rows: Rows, path: Path, title: str) -> None:
         for axes, panel in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
             panel(axes, rows)
             axes.set_xlim(0, max((row["step"] for row in rows), default=1) or 1)
-        draft = path.with_name(f".draft-{path.name}")
-        figure.savefig(draft, format="png")
-    draft.replace(path)
+        picture = BytesIO()
+        figure.savefig(picture, format="png")
+    with written(path.name, path.parent):
+        write_atomically(path, picture.getvalue())
 
 
 def series(rows: Rows, name: str) -> tuple[list[int], list[float]]:

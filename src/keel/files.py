@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ from keel.errors import KeelError
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small text file at once: readers see the old or the new, never a part."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace a small file at once: readers see the old or the new, never a part."""
     draft = path.with_name(f".draft-{path.name}-{os.getpid()}")
     try:
-        with open(draft, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(draft, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
@@ -68,6 +69,15 @@ def cut_jsonl(path: Path, step: int) -> None:
         new.flush()
         os.fsync(new.fileno())
     os.replace(draft, path)
+
+
+@contextmanager
+def written(what: str, folder: Path) -> Iterator[None]:
+    """Turns a write that fails inside into a KeelError."""
+    try:
+        yield
+    except OSError as fault:
+        raise disk_error(fault, what, folder) from fault
 
 
 def disk_error(fault: OSError, what: str, folder: Path) -> KeelError:

@@ -31,8 +31,9 @@ from keel.tasks.task import Task, get_task
 from keel.train import checkpoint
 from keel.train.loop import StepRecord, Trainer, iterate
 from keel.types import Sampling
-from keel.writers import JsonlWriter, Writer, open_writers
+from keel.writers import JsonlWriter, Writer, check_writers, open_writers
 
+MakeEngine = Callable[[Policy], Engine]
 EVALUATION = 2**31  # the step that evaluations draw under: the same draws each time, and never training's
 
 
@@ -73,11 +74,14 @@ class Run:
         console.print(f"curves   {self.folder.curves}\nrun      {self.folder.path}", highlight=False, soft_wrap=True)
 
 
-def train(config: RunConfig | str = "solid", *, quiet: bool = False, **overrides: Any) -> Run:
+def train(
+    config: RunConfig | str = "solid", *, engine: MakeEngine | None = None, quiet: bool = False, **overrides: Any
+) -> Run:
     """Train, from settings to a run folder.
 
     Args:
         config: settings, or what `load_config` takes: a recipe, a shipped configuration, a TOML file.
+        engine: policy → the engine that samples; the local one unless given.
         quiet: show no progress.
         overrides: settings on top: model="tiny-dense", train={"lr": 1e-4}, **{"sampling.temperature": 0.8}.
 
@@ -86,27 +90,27 @@ def train(config: RunConfig | str = "solid", *, quiet: bool = False, **overrides
         Interrupted: Ctrl-C; the run is saved and can be resumed.
     """
     config = load_config(config, overrides) if isinstance(config, str) else config.replaced(overrides)
-    parts = assemble(config.resolved())
-    folder = RunFolder.create(
-        parts.config, manifest(parts.config, parts.policy, parts.task, parts.engine, parts.recipe)
-    )
+    parts = assemble(config.resolved(), make_engine=engine)
     trainer = Trainer(parts.policy, parts.engine, parts.task, parts.recipe, parts.config)
+    told = manifest(parts.config, parts.policy, parts.task, parts.engine, parts.recipe)
+    folder = RunFolder.create(parts.config, told)
     return _Session(parts, folder, trainer, quiet).run()
 
 
-def resume(path: str | Path, *, steps: int | None = None, quiet: bool = False) -> Run:
+def resume(path: str | Path, *, steps: int | None = None, engine: MakeEngine | None = None, quiet: bool = False) -> Run:
     """Go on with a run from its newest checkpoint, bit for bit as if it had never stopped.
 
     Args:
         path: the run folder.
         steps: train for more steps than was first asked.
+        engine, quiet: as `train` takes them.
 
     Raises:
         KeelError: not a run folder, a damaged checkpoint, or another model or task than the run began with.
     """
     folder = RunFolder.open(path)
     config = _longer(folder, steps) if steps is not None else folder.config
-    parts = assemble(config)
+    parts = assemble(config, make_engine=engine)
     check_same_origin(folder.manifest, parts.policy, parts.task)
     trainer = Trainer(parts.policy, parts.engine, parts.task, parts.recipe, parts.config)
     if not checkpoint.checkpoints(folder.checkpoints):  # stopped before the first: begin again
@@ -119,42 +123,38 @@ def resume(path: str | Path, *, steps: int | None = None, quiet: bool = False) -
     return _Session(parts, folder, trainer, quiet).run()
 
 
-def assemble(config: RunConfig, policy: Policy | None = None) -> Parts:
+def assemble(config: RunConfig, policy: Policy | None = None, make_engine: MakeEngine | None = None) -> Parts:
     """Load what the settings name: the policy (unless given), an engine, the task and its panel; check that they
     fit.
     """
-    from keel.models.load import load_policy
-    from keel.models.lora import LoraConfig
     from keel.rollout.local import LocalEngine
 
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
-    lora = LoraConfig(**config.lora.model_dump()) if config.lora else None
+    check_writers(config.writers)
     task, recipe = get_task(config.task), config.chosen()
     panel = {panel_name(spec): get_task(spec) for spec in config.evaluation.panel}
-    if policy is None:
-        policy = load_policy(
-            config.model, template=config.template, lora=lora, device=config.train.device, seed=config.seed
-        )
+    policy = policy or _loaded(config)
     config.check_fits(policy.context, _longest_prompt(policy, (task, *panel.values())))
-    return Parts(config, policy, LocalEngine(policy), task, recipe, panel)
+    return Parts(config, policy, (make_engine or LocalEngine)(policy), task, recipe, panel)
 
 
 def trained_policy(folder: RunFolder, step: int | None = None) -> Policy:
     """The policy of a run as its newest checkpoint (or that of one step) holds it."""
-    from keel.models.load import load_policy
-    from keel.models.lora import LoraConfig
-
-    config = folder.config
-    lora = LoraConfig(**config.lora.model_dump()) if config.lora else None
-    policy = load_policy(
-        config.model, template=config.template, lora=lora, device=config.train.device, seed=config.seed
-    )
+    policy = _loaded(folder.config)
     _, tensors, _ = checkpoint.load(folder.checkpoints, step)
     with torch.no_grad():
         for name, parameter in policy.parameters().items():
             parameter.copy_(tensors[f"weights.{name}"])
     return policy
+
+
+def _loaded(config: RunConfig) -> Policy:
+    from keel.models.load import load_policy
+    from keel.models.lora import LoraConfig
+
+    lora = LoraConfig(**config.lora.model_dump()) if config.lora else None
+    return load_policy(config.model, template=config.template, lora=lora, device=config.train.device, seed=config.seed)
 
 
 def held_out(parts: Parts) -> dict[str, float]:

@@ -23,7 +23,7 @@ import tomli_w
 
 from keel.config import RunConfig, load_config
 from keel.errors import KeelError
-from keel.files import append_jsonl, cut_jsonl, disk_error, json_of, read_jsonl, write_atomically
+from keel.files import append_jsonl, cut_jsonl, disk_error, json_of, read_jsonl, write_atomically, written
 from keel.types import Group
 
 
@@ -113,11 +113,13 @@ class RunFolder:
 
     def rewrite_config(self, config: RunConfig) -> None:
         """Replace the settings (a run that goes on for longer)."""
-        write_atomically(self.path / "config.toml", toml_of(config))
+        with written("config.toml", self.path):
+            write_atomically(self.path / "config.toml", toml_of(config))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write what the run came to."""
-        write_atomically(self.path / "summary.json", json_of(summary))
+        with written("summary.json", self.path):
+            write_atomically(self.path / "summary.json", json_of(summary))
 
 
 def place_of(config: RunConfig) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -110,6 +111,12 @@ def open_writers(names: Sequence[str], folder: Path, config: Mapping[str, Any], 
     Raises:
         KeelError: a name is unknown, or its package is not installed.
     """
+    check_writers(names)
+    return [WRITERS[name](folder, config, step) for name in names]
+
+
+def check_writers(names: Sequence[str]) -> None:
+    """Refuse, before anything is made, a writer that is unknown or whose package is missing."""
     for name in names:
         if name not in WRITERS:
             hint = nearest(name, WRITERS)
@@ -117,14 +124,19 @@ def open_writers(names: Sequence[str], folder: Path, config: Mapping[str, Any], 
                 f"There is no writer {name!r}. {hint[:1].upper() + hint[1:]}Expected any of: {', '.join(WRITERS)}. "
                 "metrics.jsonl is always written."
             )
-    return [WRITERS[name](folder, config, step) for name in names]
+        if find_spec(name) is None:
+            raise _missing(name, "it is not installed")
 
 
 def _imported(module: str, package: str) -> Any:
     try:
         return import_module(module)
     except ImportError as missing:
-        raise KeelError(
-            f"The writer {package!r} needs the package {package}, which could not be imported ({missing}). Install it "
-            f"with `pip install 'keel-rl[{package}]'`, or leave it out of `writers`."
-        ) from None
+        raise _missing(package, missing) from None
+
+
+def _missing(package: str, why: object) -> KeelError:
+    return KeelError(
+        f"The writer {package!r} needs the package {package}, which could not be imported ({why}). Install it with "
+        f"`pip install 'keel-rl[{package}]'`, or leave it out of `writers`."
+    )
