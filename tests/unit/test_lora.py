@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from keel.errors import KeelError
-from keel.models.lora import LoraConfig, merged_weights, plain_copy, reference, started_from_zero, wrap
+from keel.models.lora import LoraConfig, merged_weights, plain_copy, plain_shapes, reference, started_from_zero, wrap
 from keel.models.policy import Policy
 from keel.rollout.engine import Seed
 from keel.rollout.scripted import ScriptedEngine
@@ -70,6 +70,16 @@ def test_merged_weights_compute_what_the_adapters_compute(make_policy, kind):
     torch.testing.assert_close(logits(plain.model), logits(model), rtol=0, atol=1e-5)
     assert (logits(plain.model) - logits(make_policy(kind).model)).abs().max() > 1e-3  # the adapters did something
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plain_shapes_are_those_of_the_model_without_adapters(make_policy, kind):
+    policy = make_policy(kind)
+    before = {name: tensor.shape for name, tensor in policy.model.state_dict().items()}
+    assert plain_shapes(policy.base) == before
+    wrapped = wrap(policy.model, LoraConfig(rank=4))
+    assert plain_shapes(wrapped.get_base_model()) == before
+    assert {name: tensor.shape for name, tensor in merged_weights(wrapped).items()} == before
 
 
 @pytest.mark.parametrize("kind", KINDS[:3])

@@ -71,10 +71,9 @@ def load_model(name: str, *, dtype: torch.dtype = torch.float32):
     except KeelError:
         raise
     except Exception as error:  # a corrupt file shows itself in as many ways as there are formats
-        reason = next(iter(str(error).strip().splitlines()), "")
         where = source.file if source.gguf else source.folder
         raise KeelError(
-            f"Model {name!r} cannot be read from {str(where)!r} ({_sizes(source)}): {type(error).__name__}: {reason} "
+            f"Model {name!r} cannot be read from {str(where)!r} ({_sizes(source)}): {_said(error)} "
             f"Expected a causal language model that transformers can load, whole. Fetch or export it again."
         ) from error
     _check(name, model, tokenizer)
@@ -182,7 +181,7 @@ def _from_gguf(source: Source, dtype: torch.dtype):
         return _from_folder(kept, dtype)
     except Exception as error:
         raise KeelError(
-            f"keel's own copy of {source.gguf!r} in {str(kept)!r} cannot be read: {type(error).__name__}: {error} "
+            f"keel's own copy of {source.gguf!r} in {str(kept)!r} cannot be read: {_said(error)} "
             f"Delete that folder; it will be made again from the GGUF file."
         ) from error
 
@@ -253,6 +252,12 @@ def _check(name: str, model: nn.Module, tokenizer) -> None:
                 f"saved from a run that had gone wrong. Expected finite weights. Fetch it again, or go back to an "
                 f"earlier checkpoint."
             )
+
+
+def _said(error: Exception) -> str:
+    """An error's kind and first line, as one sentence."""
+    first = next(iter(str(error).strip().splitlines()), "without a word")
+    return f"{type(error).__name__}: {first.rstrip('. ')}."
 
 
 def _sizes(source: Source) -> str:

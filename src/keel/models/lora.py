@@ -120,6 +120,16 @@ def merged_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name.replace(".base_layer.", "."): tensor for name, tensor in tensors.items()}
 
 
+def plain_shapes(base: nn.Module) -> dict[str, torch.Size]:
+    """Name and shape of every tensor that `merged_weights` gives: what an engine must be handed, adapters or none.
+
+    Args:
+        base: the transformers model itself (`Policy.base`), with or without adapted layers in it.
+    """
+    plain = {name: tensor.shape for name, tensor in base.state_dict().items() if ".lora_" not in name}
+    return {name.replace(".base_layer.", "."): shape for name, shape in plain.items()}
+
+
 def plain_copy(model: nn.Module) -> nn.Module:
     """A frozen copy of a model, adapters merged and gone: a reference policy, or what an export saves."""
     twin = copy.deepcopy(model)
@@ -207,15 +217,14 @@ def _factors(layer: nn.Module) -> list[tuple[Tensor, Tensor, float]]:
 
 
 def _draw(wrapped: nn.Module, seed: int) -> None:
-    """A uniform in ±1/√inputs from a generator of its own, layer by layer; B zero."""
+    """A uniform in ±1/√inputs from a generator of its own, layer by layer. B stays at zero, as peft made it."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, layer in _layers(wrapped.get_base_model()):
-            for a, b in zip(layer.lora_A.values(), layer.lora_B.values(), strict=True):
+            for a in layer.lora_A.values():
                 bound = 1 / math.sqrt(a.weight.shape[1])
                 draw = torch.empty(a.weight.shape).uniform_(-bound, bound, generator=generator)
                 a.weight.copy_(draw)
-                b.weight.zero_()
 
 
 def _is_zero(wrapped: nn.Module) -> bool:

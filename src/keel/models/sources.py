@@ -173,18 +173,8 @@ def _from_hub(repo: str, revision: str) -> Path:
 
     A complete snapshot is used as it is, without asking the hub, so that a model does not change between two runs.
     """
-    from huggingface_hub import snapshot_download
-
-    revision_or_none = revision or None
     try:
-        cached = Path(snapshot_download(repo, revision=revision_or_none, local_files_only=True))
-    except FileNotFoundError:
-        cached = None
-    if cached is not None and (cached / "config.json").is_file() and not missing_weights(cached):
-        return cached
-    try:
-        files = _hub_files(repo, revision_or_none)
-        return Path(snapshot_download(repo, revision=revision_or_none, allow_patterns=files, etag_timeout=HUB_SECONDS))
+        return _snapshot(repo, revision or None)
     except Exception as error:  # network, permission and hub errors are of many kinds, and differ between hub versions
         reason = next(iter(str(error).strip().splitlines()), "")
         raise KeelError(
@@ -193,6 +183,19 @@ def _from_hub(repo: str, revision: str) -> Path:
             f"({type(error).__name__}: {reason}). Expected {FORMS}. Check the name and the network, or use a bundled "
             f"model ({_listed(bundled())}), which needs no network."
         ) from error
+
+
+def _snapshot(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        cached = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        if (cached / "config.json").is_file() and not missing_weights(cached):
+            return cached
+    except FileNotFoundError:
+        pass  # nothing is cached yet
+    files = _hub_files(repo, revision)
+    return Path(snapshot_download(repo, revision=revision, allow_patterns=files, etag_timeout=HUB_SECONDS))
 
 
 def _hub_files(repo: str, revision: str | None) -> list[str]:
