@@ -35,10 +35,9 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 def interval(counts: Sequence[int], samples: int, z: float = Z95) -> tuple[float, float]:
     """A 95 % interval for the mean pass@1 (avg@samples) over all prompts like these.
 
-    Wilson's score interval, with the number of independent tries taken from the data: the variance between prompts'
-    own means is what it is, so tries = mean·(1 − mean)/(s²/P), kept between P (completions of one prompt tell nothing of
-    other prompts) and P·samples (no prompt differs from another). With all right or all wrong it is P. No resampling, so
-    no seed.
+    Wilson's score interval, with the number of independent tries read off the spread s² of the prompts' own means:
+    mean·(1 − mean)/(s²/P), but at least P (completions of one prompt may tell nothing of other prompts) and at most
+    P·samples (no prompt differs from another). With all right or all wrong it is P. No resampling, so no seed.
 
     Args:
         counts: right answers of each prompt's `samples` completions.
@@ -53,14 +52,14 @@ def interval(counts: Sequence[int], samples: int, z: float = Z95) -> tuple[float
     mean = sum(means) / prompts
     spread = mean * (1.0 - mean)
     squares = sum((m - mean) ** 2 for m in means) / max(1, prompts - 1)
-    tries: float = prompts
+    tries: float | int = prompts
     if spread > 0.0:
         tries = prompts * samples if squares == 0.0 else spread * prompts / squares
     tries = min(max(tries, prompts), prompts * samples)
     return wilson(mean, tries, z)
 
 
-def wilson(mean: float, tries: float, z: float = Z95) -> tuple[float, float]:
+def wilson(mean: float, tries: float | int, z: float = Z95) -> tuple[float, float]:
     """Wilson's score interval for a probability of which `tries` independent tries gave this mean.
 
     Source: E. B. Wilson, JASA 22 (1927). Differs from it: in nothing.

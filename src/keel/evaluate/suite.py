@@ -55,7 +55,14 @@ def evaluate(
     counts = [row.right for row in graded]
     numbers = {f"pass@{k}": sum(pass_at_k(samples, c, k) for c in counts) / len(counts) for k in sorted({1, *ks})}
     low, high = interval(counts, samples)
-    return {**numbers, "low": low, "high": high, **_described(graded), "prompts": len(graded), "samples": samples}
+    return {
+        **numbers,
+        "low": low,
+        "high": high,
+        **_described(graded),
+        "prompts": float(len(graded)),
+        "samples": float(samples),
+    }
 
 
 def grade(
@@ -108,5 +115,5 @@ def _described(graded: Sequence[Graded]) -> dict[str, float]:
         "reward_mean": sum(values) / len(values) if values else float("nan"),
         "length_mean": sum(len(completion.token_ids) for completion in completions) / len(completions),
         "truncated_frac": sum(completion.finish == "length" for completion in completions) / len(completions),
-        "unscorable": len(scores) - len(values),
+        "unscorable": float(len(scores) - len(values)),
     }

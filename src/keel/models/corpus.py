@@ -27,7 +27,7 @@ class Mixture:
     wrong: float
 
 
-SHARES = {"sum2": 2.0, "sum3": 2.0, "sum4": 2.0, "subtract": 1.5, "sort": 1.2, "reverse": 0.8, "max": 1.0}
+SHARES = {"sum2": 2.0, "sum3": 2.4, "sum4": 1.8, "subtract": 2.0, "sort": 1.0, "reverse": 0.8, "max": 1.0}
 MIXTURES = {
     "base": Mixture(SHARES, worked=0.5, wrong=0.15),
     "aligned": Mixture(SHARES, worked=1.0, wrong=0.0),

@@ -8,7 +8,9 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,7 @@ class Schedule:
 
     steps: int
     rows: int = 96
-    lr: float = 2e-3
+    lr: float = 3e-3
     warmup: int = 50
     weight_decay: float = 0.01
     cuts: int = 3
@@ -59,7 +61,7 @@ class Schedule:
         return self.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-BASE, ALIGN = Schedule(steps=1500), Schedule(steps=300, lr=5e-4)
+BASE, ALIGN = Schedule(steps=2000), Schedule(steps=300, lr=5e-4)
 Progress = Callable[[int, int, float], None]
 
 
@@ -71,20 +73,23 @@ def pretrain(
     *,
     base: Schedule = BASE,
     align: Schedule = ALIGN,
+    threads: int = 1,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Train a model from nothing and save it as a plain transformers folder.
 
-    The same arguments give the same weights, bit for bit, on one machine with one number of threads.
+    The same arguments give the same weights, bit for bit, on one kind of processor.
 
     Args:
         size: ".1M", ".3M", "1M" (dense) or "moe" (8 experts, top 2).
         kind: "base" (noisy mixture) or "aligned" (then tuned on clean answers that show their steps).
         out: the new folder; None trains without saving.
+        base, align: schedules of the two phases; an aligned model goes through both.
+        threads: of torch while it trains. Sums run in another order with another number, so weights differ a little.
         progress: called as progress(step, steps, loss in nats per token) after every step.
 
     Returns:
-        size, kind, seed, parameters, steps, rows, seconds, loss (nats per token, last 50 steps), threads, and the
+        size, kind, seed, parameters, steps, rows, threads, loss (nats per token, last 50 steps), seconds, and the
         model under "model".
 
     Raises:
@@ -94,23 +99,33 @@ def pretrain(
         if name not in known:
             raise KeelError(f"Unknown {what} {name!r}: {nearest(name, known)}Expected one of {', '.join(known)}.")
     folder = None if out is None else _empty(Path(out))
-    model = new_model(size, seed)
+    model, start = new_model(size, seed), time.perf_counter()
     phases = [("base", base)] + ([("aligned", align)] if kind == "aligned" else [])
-    total, done, start, losses = sum(s.steps for _, s in phases), 0, time.perf_counter(), []
-    for phase, schedule in phases:
-        for loss in fit(model, MIXTURES[phase], schedule, f"{phase} {seed}"):
-            done += 1
+    total, losses = sum(schedule.steps for _, schedule in phases), []
+    with _threads(threads):
+        for loss in chain.from_iterable(fit(model, MIXTURES[name], s, f"{name} {seed}") for name, s in phases):
             losses.append(loss)
             if progress is not None:
-                progress(done, total, loss)
+                progress(len(losses), total, loss)
     report = {
         "size": size, "kind": kind, "seed": seed, "parameters": sum(p.numel() for p in model.parameters()),
-        "steps": done, "rows": base.rows, "seconds": round(time.perf_counter() - start, 1),
-        "loss": round(sum(losses[-50:]) / max(1, len(losses[-50:])), 4), "threads": torch.get_num_threads(),
+        "steps": total, "rows": base.rows, "threads": threads,
+        "loss": round(sum(losses[-50:]) / max(1, len(losses[-50:])), 4),
+        "seconds": round(time.perf_counter() - start, 1),
     }  # fmt: skip
     if folder is not None:
         save(model, folder, report)
     return {**report, "model": model.eval()}
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def new_model(size: str, seed: int):

@@ -9,8 +9,8 @@ from keel.types import Prompt, Score
 
 Extract = Callable[[str], str | None]
 TAIL = 4096  # characters at a completion's end in which an answer is looked for
-_NUMBER = re.compile(r"(?<![\d.,])(?:(?<!\w)[-+−])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
-_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_NUMBER = re.compile(r"(?<![\d.])(?:(?<!\w)[-+−])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
+OPEN, CLOSE = "<answer>", "</answer>"
 
 
 def after_marker(marker: str = "A:") -> Extract:
@@ -43,8 +43,9 @@ def last_number(text: str) -> str | None:
 
 def in_tag(text: str) -> str | None:
     """What stands in the last <answer>…</answer> of a text."""
-    found = _TAG.findall(text[-16 * TAIL :])
-    return found[-1].strip() if found else None
+    end = text.rfind(CLOSE)
+    start = text.rfind(OPEN, 0, max(end, 0))
+    return None if start < 0 else text[start + len(OPEN) : end].strip()
 
 
 def plain_number(text: str) -> str:

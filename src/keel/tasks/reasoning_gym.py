@@ -30,7 +30,7 @@ def reasoning_gym(
     earns 0 and never reaches the scorer.
 
     Args:
-        train_size, test_size: prompts at most; of equal texts one is taken, and none whose right answer is to say nothing.
+        train_size, test_size: prompts at most; of equal texts one, and none whose right answer is to say nothing.
         seed: of the data set.
         suffix: written after every question.
         config: the data set's own settings, for instance max_terms=3; text is read as a number or bool where it is one.
@@ -89,7 +89,7 @@ def _data(variant: str, config: Mapping[str, Any]):
     if variant not in DATASETS:
         raise KeelError(
             f"reasoning-gym has no data set {variant!r}: {nearest(variant, DATASETS)}It has {len(DATASETS)}: "
-            f"{', '.join(sorted(DATASETS))}."
+            f"{', '.join(sorted(DATASETS))}. Expected one of these."
         )
     try:
         return create_dataset(variant, **config)

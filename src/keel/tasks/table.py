@@ -9,7 +9,7 @@ from typing import Any
 
 from keel.errors import KeelError, nearest
 from keel.rewards.exact import after_marker, exact, exact_anywhere, in_tag, last_line, last_number
-from keel.tasks.task import PromptTask, held_out
+from keel.tasks.task import PromptTask, held_out, split_number
 from keel.types import Prompt
 
 Row = Mapping[str, Any]
@@ -82,17 +82,14 @@ def table(
         return [_prompt(f"{kind}/{i}", row, prompt, answer, answer_after, suffix, where) for i, row in rows]
 
     rows = prompts(source, "row")
-    if test:
-        train, held = rows, prompts(test, "test")
-    else:
-        train = [p for p in rows if not held_out(p.text)]
-        held = [p for p in rows if held_out(p.text)]
-    if rows and not held:
-        raise KeelError(
-            f"Task {name!r}: of its {len(rows)} rows none fell into the test split, which takes one row of eight. "
-            f"Expected at least one held-out row; give more rows, or name held-out data with the option `test`."
-        )
+    train, held = (rows, prompts(test, "test")) if test else _split(rows)
     return PromptTask(name, train, held, grade, _gold_writer(extract))
+
+
+def _split(rows: list[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
+    """Train and test by a hash of the prompt; of a table so small that none is held out, the one with the lowest."""
+    chosen = {p.text for p in rows if held_out(p.text)} or {min((p.text for p in rows), key=split_number, default="")}
+    return [p for p in rows if p.text not in chosen], [p for p in rows if p.text in chosen]
 
 
 def _pick_extract(name: str, extract: str) -> str:

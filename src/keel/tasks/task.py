@@ -178,8 +178,13 @@ def held_out(key: str, share: int = HELD_OUT) -> bool:
 
     Give problems that are the same but for their order the same key.
     """
-    digest = hashlib.blake2b(key.encode(), digest_size=8, person=b"keel held out").digest()
-    return int.from_bytes(digest, "little") % share == 0
+    return split_number(key) % share == 0
+
+
+def split_number(key: str) -> int:
+    """A whole number below 2⁶⁴ that stands for the key alone, in every process and version."""
+    digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8, person=b"keel held out").digest()
+    return int.from_bytes(digest, "little")
 
 
 def check_task(task: Task, own_gold_only: bool = True) -> None:
