@@ -129,6 +129,7 @@ def assemble(config: RunConfig, policy: Policy | None = None, make_engine: MakeE
     """
     from keel.rollout.local import LocalEngine
 
+    checkpoint.seed_random_state(config.seed)
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     check_writers(config.writers)

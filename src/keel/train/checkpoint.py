@@ -114,6 +114,13 @@ def checkpoints(folder: Path) -> list[int]:
     return sorted(step for step in steps if step is not None)
 
 
+def seed_random_state(seed: int) -> None:
+    """Seed every global random generator. keel's own draws carry their keys with them; a user's task or reward may not."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Every global random generator's state, as tensors and JSON. Training draws from keyed seeds; this covers what
     plugins use.
