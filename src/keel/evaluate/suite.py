@@ -51,17 +51,18 @@ def evaluate(
             f"Evaluation of task {task.name!r} was given {len(prompts)} prompts and {samples} samples. Expected at "
             f"least one of each."
         )
-    graded = grade(engine, prompts, task, sampling, samples, seed)
-    counts = [row.right for row in graded]
-    numbers = {f"pass@{k}": sum(pass_at_k(samples, c, k) for c in counts) / len(counts) for k in sorted({1, *ks})}
+    return describe(grade(engine, prompts, task, sampling, samples, seed), ks)
+
+
+def describe(graded: Sequence[Graded], ks: Sequence[int] = (1,)) -> dict[str, float]:
+    """The numbers that `evaluate` returns, of prompts that have the same number of completions each."""
+    samples, counts = len(graded[0].scores), [row.right for row in graded]
     low, high = interval(counts, samples)
     return {
-        **numbers,
-        "low": low,
-        "high": high,
-        **_described(graded),
-        "prompts": float(len(graded)),
-        "samples": float(samples),
+        **{f"pass@{k}": sum(pass_at_k(samples, c, k) for c in counts) / len(counts) for k in sorted({1, *ks})},
+        **{"low": low, "high": high},
+        **_means(graded),
+        **{"prompts": float(len(graded)), "samples": float(samples)},
     }
 
 
@@ -107,7 +108,7 @@ def _graded(prompt: Prompt, completions: Sequence[Completion], task: Task, sampl
     return Graded(prompt, ordered, tuple(task.reward(prompt, c.text, c.finish) for c in ordered))
 
 
-def _described(graded: Sequence[Graded]) -> dict[str, float]:
+def _means(graded: Sequence[Graded]) -> dict[str, float]:
     completions = [completion for row in graded for completion in row.completions]
     scores = [score for row in graded for score in row.scores]
     values = [score.value for score in scores if score.value is not None]
