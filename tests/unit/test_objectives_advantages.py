@@ -145,6 +145,14 @@ def test_equal_rewards_give_exactly_zero(size, dtype, baseline):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_whitening_alone_gives_exactly_zero_too(dtype):
+    """Without a baseline it is the whitening's own mean that must meet every value."""
+    for size, value in itertools.product((1, 3, 7), (0.1, 0.2, 3.3)):
+        s = scored([value] * size, [0] * size, mask=[[True] * 3] * size, dtype=dtype)
+        assert (Advantage(zero, TokenWhitening())(s.reward[:, None].expand(size, 3), s) == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_constant_group_beside_a_live_one_is_exactly_zero(dtype):
     s = scored([0.1] * 7 + [1.0, 0.0], [0] * 7 + [1] * 2, dtype=dtype)
     for baseline, scale in itertools.product((group_mean, sibling_mean), SCALES):

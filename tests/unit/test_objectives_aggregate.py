@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from keel.objectives import aggregate as agg
+from keel.objectives.advantages import centred
+from keel.objectives.corrections import MaskToken
+from keel.objectives.objective import Objective
 from keel.objectives.signals import Prepared
+from keel.types import Batch
 
 LENGTHS = [2, 2, 4, 1, 3]
 GROUP = [0, 0, 1, 1, 2]
@@ -83,6 +89,53 @@ def test_the_micro_batch_does_not_count_itself():
         parts = [torch.tensor(rows) for rows in cut]
         total = sum(agg.token_mean(loss[rows], whole.rows(rows), counts).item() for rows in parts)
         assert total == pytest.approx(0.0196, abs=5e-5)
+
+
+def two_by_three(gap: torch.Tensor) -> Batch:
+    """A right and a wrong completion of one prompt, three tokens each."""
+    return Batch(
+        tokens=torch.zeros(2, 4, dtype=torch.long),
+        prompt_len=torch.ones(2, dtype=torch.long),
+        completion_len=torch.full((2,), 3),
+        mask=torch.ones(2, 3, dtype=torch.bool),
+        logp_rollout=-1.0 - gap,
+        group=torch.zeros(2, dtype=torch.long),
+        reward=torch.tensor([1.0, 0.0]),
+        scorable=torch.ones(2, dtype=torch.bool),
+        correct=torch.tensor([True, False]),
+        truncated=torch.zeros(2, dtype=torch.bool),
+        versions=torch.zeros(2, 3, dtype=torch.long),
+        logp_old=torch.full((2, 3), -1.0),
+    )
+
+
+def gradients(objective: Objective, batch: Batch):
+    """Of logp and entropy, and the step's counts."""
+    prepared = objective.prepare(batch, 3)
+    counts = objective.counts(batch, prepared, 3)
+    logp, entropy = batch.logp_old.clone().requires_grad_(), torch.ones(2, 3).requires_grad_()
+    objective.loss(logp, entropy, batch, prepared, counts).backward()
+    return logp.grad, entropy.grad, counts
+
+
+def test_a_rejected_token_stays_in_the_denominator_or_leaves_it():
+    """Of six tokens one has w = 10: its loss is gone either way; the divisor is 6, or 5 where it leaves."""
+    gap = torch.zeros(2, 3)
+    gap[0, 1] = math.log(10.0)
+    batch = two_by_three(gap)
+    for leaves, divisor in ((False, 6), (True, 5)):
+        fix = MaskToken(0.5, 5.0, leaves=leaves)
+        objective = Objective(advantage=centred, corrections=(fix,), aggregate=agg.token_mean)
+        slope, _, counts = gradients(objective, batch)
+        assert counts.tokens == divisor
+        torch.testing.assert_close(slope, torch.tensor([[-0.5, 0.0, -0.5], [0.5, 0.5, 0.5]]) / divisor)
+
+
+def test_the_entropy_bonus_raises_entropy():
+    """Descent follows +entropy_coef on every trained token: the loss falls by coef · mean entropy."""
+    objective = Objective(advantage=centred, aggregate=agg.token_mean, entropy_coef=0.3)
+    _, slope, _ = gradients(objective, two_by_three(torch.zeros(2, 3)))
+    torch.testing.assert_close(slope, torch.full((2, 3), -0.3 / 6))
 
 
 def test_balanced_with_one_side_only():

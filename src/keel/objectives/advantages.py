@@ -211,8 +211,7 @@ def over_group(value: Float[Tensor, " B"], scored: Scored, reduce: str) -> Float
 
 
 def _group_statistics(scored: Scored, value: Tensor | None = None) -> tuple[Tensor, Tensor, Bool[Tensor, " B"]]:
-    """Sum of `value` (the reward by default), number of counted completions, and whether all counted values are
-    equal."""
+    """Per group: sum of `value` (by default the reward), number of counted ones, and whether these are all equal."""
     value = scored.reward if value is None else value
     count = over_group(torch.ones_like(value), scored, "sum")
     equal = over_group(value, scored, "amax") == over_group(value, scored, "amin")

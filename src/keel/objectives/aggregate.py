@@ -101,8 +101,7 @@ def completion_sign(prepared: Prepared) -> Float[Tensor, " B"]:
 
 
 def count(prepared: Prepared, max_tokens: int) -> StepCounts:
-    """The denominators of the optimizer step that these rows make up. With several ranks: over the rows of all of
-    them."""
+    """The denominators of the optimizer step that these rows make up; with several ranks, the rows of all of them."""
     tokens = prepared.mask.sum(1)
     trained = (tokens > 0).long()
     side = completion_sign(prepared)
@@ -113,8 +112,8 @@ def count(prepared: Prepared, max_tokens: int) -> StepCounts:
         tokens.sum(),
         trained.sum(),
         (group_tokens > 0).sum(),
-        tokens[side > 0].sum(),
-        tokens[side < 0].sum(),
+        (tokens * (side > 0)).sum(),
+        (tokens * (side < 0)).sum(),
         (side > 0).sum(),
         (side < 0).sum(),
     )

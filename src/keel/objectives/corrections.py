@@ -144,7 +144,7 @@ class Veto(Correction):
         _refuse_interval(self, self.low, math.inf)
 
     def __call__(self, view: TokenView) -> Float[Tensor, "B T"]:
-        vetoed = (view.mask & (view.gap < math.log(self.low))).any(1, keepdim=True)
+        vetoed = (view.gap < math.log(self.low)).any(1, keepdim=True)
         return (~vetoed).to(view.gap.dtype).expand_as(view.gap)
 
 

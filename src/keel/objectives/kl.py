@@ -119,8 +119,7 @@ class LossKL:
         kl_coef: β > 0.
         estimator: k1, k2 or k3.
         level: per_token, per_prefix or per_sequence.
-        ratio: over what the importance ratio ρ = π/μ is taken that multiplies the estimate (token, prefix, sequence),
-            or None.
+        ratio: over what the importance ratio ρ = π/μ that multiplies the estimate is taken, or None for no ratio.
 
     Source: GRPO, arXiv 2402.03300, eq. 3; with ratio: DeepSeek-V3.2, arXiv 2512.02556, eq. 7. Differs from it: ratio
     over prefixes too.

@@ -62,8 +62,7 @@ class Objective:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What must be computed besides `logp`: "logp_old" and "logp_ref" before the first update, "entropy" with
-        it."""
+        """What must be computed besides `logp`: "logp_old" and "logp_ref" before the first update, "entropy" in it."""
         leaving = any(correction.leaves for correction in self.corrections)
         wanted = {
             "logp_old": leaving or self.reward_kl is not None,
@@ -77,7 +76,7 @@ class Objective:
         """Advantages and the mask of trained tokens, of one whole rollout batch.
 
         Args:
-            batch: whole groups, all ranks together or whole groups per rank.
+            batch: all of it, over all ranks, since baselines and scales are taken over it.
             max_tokens: the length cap.
 
         Raises:
@@ -133,8 +132,7 @@ class Objective:
     def view(
         self, logp: Float[Tensor, "B T"], entropy: Float[Tensor, "B T"], batch: Batch, prepared: Prepared
     ) -> TokenView:
-        """What the loss terms see: everything zero where masked, and each difference of log-probabilities named
-        once."""
+        """What the loss terms see: all of it zero where masked, each difference of log-probabilities named once."""
         mask = prepared.mask
         logp = keep(logp, mask)
         old = logp.detach() if batch.logp_old is None else keep(batch.logp_old.detach(), mask)

@@ -57,8 +57,9 @@ def papers_markdown() -> str:
     """docs/papers.md: every recipe, and each choice in which it differs from `solid`, with its source."""
     head = (
         "# Recipes and their papers\n\n"
-        "Generated from `src/keel/objectives/recipes.py`; do not edit. Each table lists the choices that differ from "
-        "`solid`, with the\nplace in the paper or its code. `keel papers dapo grpo` compares any two.\n"
+        "Generated from `src/keel/objectives/recipes.py`; do not edit. Each table lists the choices that differ from\n"
+        "`solid`, with the place in the paper or its code, as we read it: look again before quoting it to anyone.\n"
+        "`keel papers dapo grpo` compares any two.\n"
     )
     return "\n".join(
         [head, _choices_table(RECIPES["solid"]), *(_section(r) for r in RECIPES.values() if r.name != "solid")]
