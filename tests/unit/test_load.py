@@ -173,9 +173,13 @@ def test_a_package_gives_its_gguf_without_being_imported(gguf_file, monkeypatch,
     assert "ships_one" not in sys.modules
 
 
-def test_a_package_without_a_record_is_searched(gguf_file, monkeypatch, tmp_path):
+@pytest.mark.parametrize("module", ["ships_one", "named_otherwise"])
+def test_a_package_without_a_record_is_searched(gguf_file, monkeypatch, tmp_path, module):
     package(tmp_path / "site", "ships-one", gguf_file)
-    (tmp_path / "site" / "ships_one-1.0.dist-info" / "RECORD").unlink()
+    info = tmp_path / "site" / "ships_one-1.0.dist-info"
+    (info / "RECORD").unlink()
+    (info / "top_level.txt").write_text(module)
+    (tmp_path / "site" / "ships_one").rename(tmp_path / "site" / module)
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     assert sources.locate("package:ships-one").gguf == "tiny.gguf"
 
@@ -228,6 +232,11 @@ def test_attention_dropout_is_off_even_in_train_mode(make_policy):
     assert not torch.equal(logits(model), logits(model))
     silence(model).train()
     assert torch.equal(logits(model), logits(model))
+
+
+def test_a_template_is_checked_on_loading(folder):
+    with pytest.raises(KeelError, match="ends its prompts with '<end>'"):
+        load_policy(str(folder), template="{{ messages | map(attribute='content') | join('<end>') }}<end>")
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------
