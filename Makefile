@@ -9,7 +9,7 @@ WITHIN  := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PYTHON  ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
              $$p -c '$(WITHIN)' 2>/dev/null && echo $$p && break; done)
 BIN     := $(VENV)/bin
-PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP     := $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check --constraint constraints.txt
 LISTS   := pyproject.toml constraints.txt
 TESTED  := dev,lora,gguf,data,reasoning-gym
 
@@ -23,7 +23,7 @@ test: $(VENV)/.with-tests
 	@$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/.with-lint
-	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check .
+	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check .
 
 format: $(VENV)/.with-lint
 	@$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format --quiet .
