@@ -59,7 +59,7 @@ class TrainSettings(Section):
     eps: float = Field(1e-8, gt=0, description="of AdamW")
     max_grad_norm: float | None = Field(1.0, gt=0, description="the gradient is scaled down to this norm; none = never")
     probe_every: int = Field(
-        1,
+        10,
         ge=0,
         description="batches between separate forward passes that measure whether training is on-policy; 0 = never",
     )
