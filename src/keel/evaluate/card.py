@@ -38,7 +38,7 @@ def write_card(folder: str | Path) -> dict[str, dict[str, float]]:
     return measured
 
 
-def measure(model: str, tasks: Sequence[str] = TASKS) -> dict[str, dict[str, float]]:
+def measure(model: str, tasks: Sequence[str] = TASKS, prompts: int = PROMPTS) -> dict[str, dict[str, float]]:
     """task → numbers of a model at temperature 1 on held-out prompts; as `write_card` returns them."""
     from keel.models.load import load_policy
     from keel.rollout.local import LocalEngine
@@ -46,9 +46,9 @@ def measure(model: str, tasks: Sequence[str] = TASKS) -> dict[str, dict[str, flo
     policy = load_policy(model)
     engine, out = LocalEngine(policy), {}
     for task in map(get_task, tasks):
-        prompts = [policy.template.render(prompt, policy.tokenizer) for prompt in task.test[:PROMPTS]]
-        graded = grade(engine, prompts, task, SAMPLING, SAMPLES, SEED)
-        out[task.name] = describe(graded, (1, SAMPLES)) | (_forms(graded) if "+" in prompts[0].text else {})
+        asked = [policy.template.render(prompt, policy.tokenizer) for prompt in task.test[:prompts]]
+        graded = grade(engine, asked, task, SAMPLING, SAMPLES, SEED)
+        out[task.name] = describe(graded, (1, SAMPLES)) | (_forms(graded) if "+" in asked[0].text else {})
     return out
 
 

@@ -214,9 +214,17 @@ def save(model, folder: Path, report: dict[str, Any]) -> None:
     with quiet():
         model.save_pretrained(folder)
     character_tokenizer().save_pretrained(folder)
+    _name_tokenizer_plainly(folder / "tokenizer_config.json")
     for file in folder.iterdir():
         file.chmod(0o644)
     (folder / "pretrain.json").write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _name_tokenizer_plainly(file: Path) -> None:
+    """Write the class name that every version of transformers knows, for engines that bring an older one."""
+    written = json.loads(file.read_text())
+    written.pop("backend", None)
+    file.write_text(json.dumps({**written, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
 
 
 def _empty(folder: Path) -> Path:
