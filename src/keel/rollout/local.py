@@ -14,6 +14,7 @@ from torch import Tensor
 
 from keel.errors import KeelError
 from keel.models.decoder import supports
+from keel.models.lora import plain_shapes
 from keel.models.policy import Policy
 from keel.rollout.engine import Seed, checksum
 from keel.rollout.sampling import distribution, draw, uniforms
@@ -54,12 +55,12 @@ class LocalEngine:
         return checksum(weights)
 
     def _check_arrival(self, weights: Mapping[str, Tensor]) -> None:
-        for name, tensor in self.policy.base.state_dict().items():
+        for name, shape in plain_shapes(self.policy.base).items():
             found = weights.get(name)
-            if found is None or found.shape != tensor.shape:
+            if found is None or found.shape != shape:
                 what = "did not arrive" if found is None else f"arrived as {tuple(found.shape)}"
                 raise KeelError(
-                    f"Weight sync: tensor {name!r} {what}; expected shape {tuple(tensor.shape)}. The engine keeps version "
+                    f"Weight sync: tensor {name!r} {what}; expected shape {tuple(shape)}. The engine keeps version "
                     f"{self.version}. Hand `load` everything that `Policy.weights()` names."
                 )
 

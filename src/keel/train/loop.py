@@ -5,9 +5,9 @@ It yields one StepRecord per optimizer step and does nothing else with them; who
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from keel.config import RunConfig
 from keel.diagnostics import measure
+from keel.models.lora import plain_copy, reference, started_from_zero
 from keel.models.policy import Policy
 from keel.objectives.objective import Objective, Prepared
 from keel.objectives.recipes import Recipe
@@ -75,7 +76,7 @@ class Trainer:
         self.updates_per_batch = settings.updates_per_batch or recipe.updates_per_batch
         dynamic = settings.dynamic_sampling
         self.dynamic_sampling = recipe.dynamic_sampling if dynamic is None else dynamic
-        self.reference = _frozen_copy(policy) if "logp_ref" in self.objective.needs else None
+        self.reference = _reference(policy) if "logp_ref" in self.objective.needs else None
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Tensors and clocks from which `restore` goes on bit for bit. Draws are keyed by the clocks, so no generator is stored."""
@@ -166,12 +167,14 @@ def _with_log_probabilities(trainer: Trainer, batch: Batch) -> Batch:
     that "on-policy" is measured (`policy/off_policy_frac`), not assumed.
     """
     settings, temperature = trainer.config.train, trainer.sampling.temperature
-    cuts = micro_batches(batch, settings.micro_batch_tokens)
+    updates = _updates(batch, trainer.updates_per_batch)  # cut as they will be cut, so that equal weights give equal bits
+    cuts = [rows[part] for rows in updates for part in micro_batches(batch.rows(rows), settings.micro_batch_tokens)]
     probe = settings.probe_every > 0 and trainer.batch % settings.probe_every == 0
     if probe or trainer.updates_per_batch > 1 or "logp_old" in trainer.objective.needs:
         batch = replace(batch, logp_old=log_probabilities(trainer.policy, batch, cuts, temperature))
     if trainer.reference is not None:
-        batch = replace(batch, logp_ref=log_probabilities(trainer.reference, batch, cuts, temperature))
+        with trainer.reference() as reference:
+            batch = replace(batch, logp_ref=log_probabilities(reference, batch, cuts, temperature))
     return batch
 
 
@@ -205,6 +208,16 @@ def _update(trainer: Trainer, batch: Batch, prepared: Prepared) -> tuple[dict[st
     return metrics, applied.non_finite
 
 
-def _frozen_copy(policy: Policy) -> Policy:
-    model = copy.deepcopy(policy.model).requires_grad_(False)
-    return Policy(model=model, tokenizer=policy.tokenizer, template=policy.template, end_ids=policy.end_ids, name=policy.name)
+def _reference(policy: Policy) -> Callable[[], AbstractContextManager[Policy]]:
+    """Where the policy stands now, to be asked later: a frozen copy, or, for fresh adapters, the policy with them switched off."""
+    if policy.model is not policy.base:
+        if started_from_zero(policy.model):
+
+            @contextmanager
+            def without_adapters() -> Iterator[Policy]:
+                with reference(policy.model):
+                    yield policy
+
+            return without_adapters
+    frozen = Policy(plain_copy(policy.model), policy.tokenizer, policy.template, policy.end_ids, policy.name)
+    return lambda: nullcontext(frozen)
