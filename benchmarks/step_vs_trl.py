@@ -33,6 +33,7 @@ SWEEP_KEEL = (None, 8192, 4096, 2048, 1024)
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     use_threads(options.threads)
+    options.load = load_average()
     chosen = [adjusted(WORKS[name], options) for name in options.models]
     if options.sweep:
         for work in chosen:
@@ -180,9 +181,18 @@ def provenance(options: argparse.Namespace) -> dict[str, Any]:
     git = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
     revision = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     command = "python benchmarks/step_vs_trl.py " + shlex.join(sys.argv[1:])
-    machine = {"processor": processor(), "cores": os.cpu_count(), "threads": options.threads, "python": platform.python_version()}
+    machine = {"processor": processor(), "cores": os.cpu_count(), "threads": options.threads, "load_before": options.load}
+    machine["python"] = platform.python_version()
     when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {"when": when, "command": command.strip(), "revision": revision, "machine": machine, "versions": packages}
+
+
+def load_average() -> float | None:
+    """Running programs in the last minute; says so when there are others, because they slow the two systems down unequally."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    if load is not None and load > 0.5:
+        print(f"Other programs are running (load {load:.1f}): times and ratios will not mean much.", file=sys.stderr)
+    return load
 
 
 def processor() -> str:
