@@ -49,7 +49,7 @@ class TrainSettings(Section):
     micro_batch_tokens: int | None = Field(
         16384, ge=1, description="prompt and completion tokens of one forward pass; changes memory, never the gradient"
     )
-    lr: float = Field(5e-5, gt=0, description="peak learning rate of AdamW")
+    lr: float = Field(1e-4, gt=0, description="peak learning rate of AdamW")
     lr_schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="after the warm-up, over `steps`"
     )
@@ -155,7 +155,7 @@ class RunConfig(Section):
     task: str = Field("arithmetic:medium", description="prompts, gold answers and their reward")
     template: str = Field("auto", description="how a prompt becomes text; auto = the model's own")
     seed: int = Field(0, ge=0, description="of everything that is drawn")
-    steps: int = Field(100, ge=1, description="optimizer steps")
+    steps: int = Field(300, ge=1, description="optimizer steps")
     out: str = Field("", description="run folder; empty = a new one below runs/")
     plugins: tuple[str, ...] = Field((), description="modules to import first, where your own tasks or parts register")
     writers: tuple[str, ...] = Field((), description="besides metrics.jsonl: tensorboard, wandb, trackio")
