@@ -17,7 +17,7 @@ def play(channel: Channel, work: Work, micro_batch_tokens: int | None, steps: in
 
     from keel.objectives.recipes import recipe
     from keel.rollout.local import LocalEngine
-    from keel.train.loop import Trainer, iterate
+    from keel.training.loop import Trainer, iterate
 
     channel.baseline()
     given = give(work, steps)

@@ -8,7 +8,7 @@ from keel.errors import KeelError
 from keel.models.load import load_policy
 from keel.models.policy import Policy
 from keel.tasks.task import Task, get_task
-from keel.train.buffer import PromptStream
+from keel.training.buffer import PromptStream
 from keel.types import Prompt
 
 LEARNING_RATE = 1e-9  # updates are computed in full, and change so little that completions stay as long as they were

@@ -11,7 +11,6 @@ This file is the table of contents. A name is imported when it is first used, so
 from __future__ import annotations
 
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from keel.objectives.recipes import register as register
     from keel.run import Run as Run
     from keel.run import resume as resume
+    from keel.run import train as train
     from keel.tasks.task import get_task as get_task
     from keel.types import Batch as Batch
     from keel.types import Claim as Claim
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 CONTENTS = {
-    "keel.run": ("Run", "resume"),
+    "keel.run": ("train", "resume", "Run"),
     "keel.config": ("RunConfig", "load_config"),
     "keel.errors": ("KeelError",),
     "keel.types": ("Prompt", "Sampling", "Completion", "Score", "Group", "StepCounts", "Batch", "Claim"),
@@ -50,7 +50,7 @@ CONTENTS = {
 }
 _HOME = {name: home for home, names in CONTENTS.items() for name in names}
 
-__all__ = ["__version__", "train", *_HOME]  # noqa: F822 - bound on first use
+__all__ = ["__version__", *_HOME]  # noqa: F822 - bound on first use
 
 
 def __getattr__(name: str) -> Any:
@@ -62,15 +62,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Train(ModuleType):
-    """The package `keel.train`, which can be called too: `keel.train("solid")` is `keel.run.train("solid")`."""
-
-    def __call__(self, config: Any = "solid", **overrides: Any) -> Any:
-        from keel.run import train
-
-        return train(config, **overrides)
-
-
-import_module("keel.train").__class__ = _Train

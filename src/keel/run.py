@@ -28,8 +28,8 @@ from keel.rollout.engine import Engine, Seed
 from keel.run_folder import RunFolder
 from keel.summary import panel_name, summarise
 from keel.tasks.task import Task, get_task
-from keel.train import checkpoint
-from keel.train.loop import StepRecord, Trainer, iterate
+from keel.training import checkpoint
+from keel.training.loop import StepRecord, Trainer, iterate
 from keel.types import Sampling
 from keel.writers import JsonlWriter, Writer, check_writers, open_writers
 

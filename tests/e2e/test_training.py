@@ -14,7 +14,7 @@ from keel.rollout.engine import Seed
 from keel.rollout.local import LocalEngine
 from keel.rollout.scripted import Fault, ScriptedEngine
 from keel.tasks.task import get_task
-from keel.train.loop import Trainer, iterate
+from keel.training.loop import Trainer, iterate
 
 SMALL = {
     "model": "tiny-dense", "task": "arithmetic:medium", "steps": 2, "train.prompts_per_step": 6, "train.group_size": 4,

@@ -10,7 +10,7 @@ from keel.rollout.engine import Seed, check_completions
 from keel.rollout.local import LocalEngine
 from keel.rollout.sampling import distribution, draw
 from keel.rollout.serving import TransformersForward
-from keel.train.batch import batch_from_groups
+from keel.training.batch import batch_from_groups
 from keel.types import Group, Prompt, Sampling, Score
 
 KINDS = ["qwen3", "llama", "qwen3_moe", "gpt2"]

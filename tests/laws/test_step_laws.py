@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from keel.objectives.recipes import RECIPES
-from keel.train.batch import micro_batches
-from keel.train.step import accumulate_gradient, apply_gradient, log_probabilities
+from keel.training.batch import micro_batches
+from keel.training.step import accumulate_gradient, apply_gradient, log_probabilities
 from keel.types import Batch
 
 CAP = 9

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from keel.train.batch import batch_from_groups, micro_batches
+from keel.training.batch import batch_from_groups, micro_batches
 from keel.types import Completion, Group, Prompt, Score
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from keel.errors import KeelError
-from keel.train.buffer import PromptStream, collect, score_group
+from keel.training.buffer import PromptStream, collect, score_group
 from keel.types import Completion, Prompt, Score
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from keel.errors import KeelError
-from keel.train import checkpoint
+from keel.training import checkpoint
 
 TENSORS = {
     "weights.a": torch.tensor([1.0, float("nan"), -0.0, 1e-45]),
@@ -121,7 +121,7 @@ FULL_DISK = """
     import resource, sys, torch
     from pathlib import Path
     from keel.errors import KeelError
-    from keel.train import checkpoint
+    from keel.training import checkpoint
     folder = Path(sys.argv[1])
     checkpoint.save(folder, 10, {"w": torch.ones(10)}, {})
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))

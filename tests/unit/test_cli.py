@@ -31,15 +31,10 @@ def test_help_answers_within_a_second_and_imports_nothing_heavy():
 
 
 def test_importing_keel_imports_nothing_heavy():
-    code = "import sys, keel; print(callable(keel.train), sorted({'torch', 'pydantic', 'numpy'} & set(sys.modules)))"
+    heavy = {"torch", "transformers", "matplotlib", "pydantic", "rich", "numpy"}
+    code = f"import sys, keel; print(sorted({heavy} & set(sys.modules)), callable(keel.train))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.stdout == "True []\n", done.stderr
-
-
-def test_keel_train_can_be_called_whatever_was_imported_first():
-    code = "import keel.train.checkpoint as c, keel; print(callable(keel.train), keel.train.checkpoint is c, c.FORMAT)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.stdout == "True True 1\n", done.stderr
+    assert done.stdout == "[] True\n", done.stderr
 
 
 def test_the_table_of_contents_is_true():

@@ -13,7 +13,7 @@ from keel.types import Prompt
 
 TIERS = {"easy": 2, "medium": 3, "hard": 4}
 DIGITS = {"1digit": 1, "2digit": 2, "3digit": 3}
-QUESTION = "What is {a} + {b}? Answer with the number only."
+QUESTION = "Calculate {a} + {b}. Write only the result."
 
 
 def arithmetic(variant: str, train_size: int | str = 8000, test_size: int | str = 512) -> PromptTask:

@@ -21,9 +21,9 @@ from keel.objectives.objective import Objective, Prepared
 from keel.objectives.recipes import Recipe
 from keel.rollout.engine import Engine, Seed, check_completions
 from keel.tasks.task import Task
-from keel.train.batch import batch_from_groups, micro_batches
-from keel.train.buffer import Collected, PromptStream, collect
-from keel.train.step import accumulate_gradient, apply_gradient, learning_rate, log_probabilities
+from keel.training.batch import batch_from_groups, micro_batches
+from keel.training.buffer import Collected, PromptStream, collect
+from keel.training.step import accumulate_gradient, apply_gradient, learning_rate, log_probabilities
 from keel.types import Batch, Completion, Group, Prompt
 
 
