@@ -51,7 +51,7 @@ def told(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def holds(row: dict[str, Any]) -> bool:
-    """The quickstart learns to .85 or more by longer answers; SmolLM2's intervals come apart. Both stay on-policy, the gap small."""
+    """The quickstart learns to .85 or more by longer answers; SmolLM2's intervals come apart. Both are on-policy, the gap small."""
     exact = row["gap_max_abs_nats"] <= 1e-4 and not row["off_policy_frac_max"] and not row["clip_frac_max"]
     if row["config"] == "quickstart":
         longer = row["length_mean_after"] >= 1.3 * row["length_mean_before"]

@@ -55,9 +55,7 @@ def tiny_model(kind: str = "qwen3", seed: int = 0, vocab_size: int | None = None
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
         intermediate_size=48, max_position_embeddings=128, tie_word_embeddings=True,
     )  # fmt: skip
-    moe = dict(
-        moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True, decoder_sparse_step=1
-    )
+    moe = dict(moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True, decoder_sparse_step=1)
     kinds = {
         "qwen3": (transformers.Qwen3Config, llama),
         "llama": (transformers.LlamaConfig, llama),
@@ -81,9 +79,7 @@ def make_policy():
 
         model = tiny_model(kind, seed, **changes)
         plain = Template("none")
-        return Policy(
-            model=model, tokenizer=char_tokenizer(), template=plain, end_ids=frozenset({1}), name=f"test-{kind}"
-        )
+        return Policy(model=model, tokenizer=char_tokenizer(), template=plain, end_ids=frozenset({1}), name=f"test-{kind}")
 
     return make
 

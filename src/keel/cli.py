@@ -47,9 +47,7 @@ def _dispatch(arguments: list[str]) -> int:
     if name not in COMMANDS:
         hint = nearest(name, COMMANDS)
         hint = hint[:1].upper() + hint[1:]
-        raise KeelError(
-            f"There is no command {name!r}. {hint}Expected one of: {', '.join(COMMANDS)}. See `keel --help`."
-        )
+        raise KeelError(f"There is no command {name!r}. {hint}Expected one of: {', '.join(COMMANDS)}. See `keel --help`.")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # so that plugins and recipes of one's own are found
     COMMANDS[name](rest)
@@ -62,9 +60,7 @@ def _dispatch(arguments: list[str]) -> int:
 def train(arguments: list[str]) -> None:
     """train a policy: keel train quickstart, keel train solid --task arithmetic:hard --train.lr 1e-4"""
     parser = _parser("train", train, settings=True)
-    parser.add_argument(
-        "config", nargs="?", help="a recipe, a shipped configuration or a TOML file (default: quickstart)"
-    )
+    parser.add_argument("config", nargs="?", help="a recipe, a shipped configuration or a TOML file (default: quickstart)")
     parser.add_argument("--resume", metavar="RUN", help="go on with this run folder; only --steps can be given with it")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and what they amount to")
     parser.add_argument("--json", action="store_true", help="print the summary (or the dry run) as JSON on stdout")
@@ -315,7 +311,5 @@ def _settings_help() -> str:
 
 def _overview() -> str:
     lines = [f"  {name:<10} {(command.__doc__ or '').strip()}" for name, command in COMMANDS.items()]
-    head = (
-        "keel: a bench for reinforcement-learning post-training of language models\n\nusage: keel COMMAND [options]\n"
-    )
+    head = "keel: a bench for reinforcement-learning post-training of language models\n\nusage: keel COMMAND [options]\n"
     return "\n".join([head, *lines, "", "keel COMMAND --help says more. keel --version prints the version."])

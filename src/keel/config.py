@@ -50,9 +50,7 @@ class TrainSettings(Section):
         16384, ge=1, description="prompt and completion tokens of one forward pass; changes memory, never the gradient"
     )
     lr: float = Field(1e-4, gt=0, description="peak learning rate of AdamW")
-    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="after the warm-up, over `steps`"
-    )
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up, over `steps`")
     warmup_steps: int = Field(0, ge=0, description="optimizer steps of linear warm-up")
     weight_decay: float = Field(0.0, ge=0, description="of AdamW")
     betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW")
@@ -74,14 +72,10 @@ class TrainSettings(Section):
 class SamplingSettings(Section):
     """The distribution that training completions are drawn from, and evaluation's too."""
 
-    temperature: float = Field(
-        1.0, gt=0, description="logits are divided by it, in the engine and in the trainer alike"
-    )
+    temperature: float = Field(1.0, gt=0, description="logits are divided by it, in the engine and in the trainer alike")
     top_p: float = Field(1.0, gt=0, le=1, description="smallest set of likeliest tokens with this mass; 1 = all")
     top_k: int = Field(0, ge=0, description="number of likeliest tokens; 0 = all")
-    min_p: float = Field(
-        0.0, ge=0, lt=1, description="tokens of at least this share of the likeliest one's probability"
-    )
+    min_p: float = Field(0.0, ge=0, lt=1, description="tokens of at least this share of the likeliest one's probability")
     max_completion_tokens: int = Field(48, ge=1, description="completions are cut off here")
     replay_sampling_mask: bool = Field(True, description="the trainer normalises over the tokens that truncation kept")
 

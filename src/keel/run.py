@@ -74,9 +74,7 @@ class Run:
         console.print(f"curves   {self.folder.curves}\nrun      {self.folder.path}", highlight=False, soft_wrap=True)
 
 
-def train(
-    config: RunConfig | str = "solid", *, engine: MakeEngine | None = None, quiet: bool = False, **overrides: Any
-) -> Run:
+def train(config: RunConfig | str = "solid", *, engine: MakeEngine | None = None, quiet: bool = False, **overrides: Any) -> Run:
     """Train, from settings to a run folder.
 
     Args:
@@ -227,9 +225,7 @@ class _Session:
         if record.batch_ends and (last or _crossed(config.evaluation.every, self._last("eval/pass@1"), step)):
             metrics |= held_out(self.parts)
         if record.skipped:
-            self.display.say(
-                f"step {step} was skipped: the gradient of {record.skipped} was not finite; no weight changed"
-            )
+            self.display.say(f"step {step} was skipped: the gradient of {record.skipped} was not finite; no weight changed")
         self.folder.add_rollouts(step, record.groups)
         self._write(step, metrics)
         if record.batch_ends and (last or _crossed(config.checkpoint.every, self.saved, step)):
@@ -309,10 +305,7 @@ def stop_requests(say: Callable[[str], None]) -> Iterator[StopRequest]:
         if request.signal:
             raise KeyboardInterrupt
         request.signal = number
-        say(
-            "Stopping after this step, to save it. Once more stops at once and loses the steps since the last "
-            "checkpoint."
-        )
+        say("Stopping after this step, to save it. Once more stops at once and loses the steps since the last checkpoint.")
 
     old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

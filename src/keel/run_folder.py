@@ -151,8 +151,7 @@ def environment() -> dict[str, Any]:
     """Versions that a result depends on. Says nothing of the machine's name or its user."""
     packages = ("keel-rl", "torch", "transformers", "tokenizers", "numpy", "safetensors", "peft")
     return {
-        "versions": {"python": platform.python_version()}
-        | {name: _version(name) for name in packages if _version(name)},
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages if _version(name)},
         "git": git_revision(Path(__file__).parent),
         "platform": f"{platform.system()} {platform.machine()}",
     }
@@ -163,11 +162,7 @@ def git_revision(folder: Path) -> dict[str, Any] | None:
     try:
         revision = _git(folder, "rev-parse", "HEAD")
         tracked = _git(folder, "ls-files", "--error-unmatch", "errors.py")
-        return (
-            {"revision": revision, "changed": bool(_git(folder, "status", "--porcelain", "--", "."))}
-            if tracked
-            else None
-        )
+        return {"revision": revision, "changed": bool(_git(folder, "status", "--porcelain", "--", "."))} if tracked else None
     except (OSError, subprocess.SubprocessError):
         return None
 

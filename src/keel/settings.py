@@ -99,9 +99,7 @@ def read_source(source: str) -> dict[str, Any]:
     if source in shipped():
         return read_toml(shipped()[source])
     if "/" in source or "\\" in source:
-        raise KeelError(
-            f"{source!r} is not a TOML file. Expected a path that ends in .toml, a shipped configuration or a recipe."
-        )
+        raise KeelError(f"{source!r} is not a TOML file. Expected a path that ends in .toml, a shipped configuration or a recipe.")
     return {"recipe": source}
 
 
@@ -115,9 +113,7 @@ def read_toml(path: Path) -> dict[str, Any]:
             f"{', '.join(shipped())}."
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
-        raise KeelError(
-            f"{path} is not TOML: {fault}. Expected lines such as lr = 1e-4 below [train]. Mend that place."
-        ) from None
+        raise KeelError(f"{path} is not TOML: {fault}. Expected lines such as lr = 1e-4 below [train]. Mend that place.") from None
 
 
 def settings_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
@@ -195,9 +191,7 @@ def kind(annotation: Any) -> str:
         return "table"
     if inner:
         return " or ".join(kind(each) for each in inner)
-    return {int: "whole number", float: "number", str: "text", bool: "true or false", type(None): "none"}.get(
-        annotation, "any"
-    )
+    return {int: "whole number", float: "number", str: "text", bool: "true or false", type(None): "none"}.get(annotation, "any")
 
 
 def _lower(text: str) -> str:

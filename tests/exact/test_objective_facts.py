@@ -25,9 +25,7 @@ from keel.types import Batch
 
 COMPLETIONS = [(0,), *itertools.product((1, 2), (0, 1, 2))]
 INSIDE = torch.tensor([[True, len(y) > 1] for y in COMPLETIONS])
-SECOND = torch.tensor(
-    [0, *(y[0] - 1 for y in COMPLETIONS[1:])]
-)  # which of the two distributions the second token is from
+SECOND = torch.tensor([0, *(y[0] - 1 for y in COMPLETIONS[1:])])  # which of the two distributions the second token is from
 FIRST_ID = torch.tensor([y[0] for y in COMPLETIONS])
 SECOND_ID = torch.tensor([0, *(y[1] for y in COMPLETIONS[1:])])
 REWARD = torch.tensor([0.3, 1.0, 0.0, 0.5, -0.4, 0.2, 0.9], dtype=torch.float64)
@@ -273,12 +271,8 @@ def c_of(p: float, size: int) -> float:
         counted=torch.ones(right.numel(), dtype=torch.bool),
         mask=torch.ones(right.numel(), 1, dtype=torch.bool),
     )
-    advantage = Advantage(group_mean, GroupStd(ddof=0, eps=0.0))(scored.reward[:, None], scored)[:, 0].view(
-        size + 1, size
-    )
-    chance = torch.tensor(
-        [math.comb(size, k) * p**k * (1 - p) ** (size - k) for k in range(size + 1)], dtype=torch.float64
-    )
+    advantage = Advantage(group_mean, GroupStd(ddof=0, eps=0.0))(scored.reward[:, None], scored)[:, 0].view(size + 1, size)
+    chance = torch.tensor([math.comb(size, k) * p**k * (1 - p) ** (size - k) for k in range(size + 1)], dtype=torch.float64)
     score = right.double() - p  # ∇ log-probability of a right or wrong answer, in the logit
     return ((chance * (advantage * score).mean(1)).sum() / (p * (1 - p))).item()
 

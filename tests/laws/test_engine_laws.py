@@ -1,4 +1,4 @@
-"""What holds for every way of sampling in the local engine: exact log-probabilities, seeds that belong to samples, no old weights."""
+"""What holds for every way of sampling in the local engine: exact log-probabilities, a seed for each sample, no old weights."""
 
 import dataclasses
 

@@ -56,4 +56,3 @@ def test_imports_run_one_way(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
 def test_files_are_short(path):
     assert path.read_text().count("\n") <= 420
-

@@ -74,7 +74,9 @@ def test_any_cut_into_micro_batches(policy, objective):
     singles = [torch.tensor([row]) for row in range(len(batch))]
     crossing = list(torch.tensor_split(torch.randperm(len(batch), generator=torch.Generator().manual_seed(1)), 4))
     for cuts in (micro_batches(batch, 20), micro_batches(batch, 50), singles, crossing):
-        torch.testing.assert_close(gradient(policy, objective, batch, cuts), expected, rtol=1e-6, atol=1e-9 * float(expected.norm()))
+        torch.testing.assert_close(
+            gradient(policy, objective, batch, cuts), expected, rtol=1e-6, atol=1e-9 * float(expected.norm())
+        )
 
 
 def test_any_number_of_virtual_ranks(policy, objective):
@@ -113,9 +115,7 @@ def test_masked_is_absent(policy, objective):
     batch = make_batch(policy)
     expected = gradient(policy, objective, batch, whole(batch))
     for junk in (torch.nan, torch.inf, -1e30, 99.0):
-        spoiled = {
-            name: torch.where(batch.mask, getattr(batch, name), junk) for name in ("logp_rollout", "logp_old", "logp_ref")
-        }
+        spoiled = {name: torch.where(batch.mask, getattr(batch, name), junk) for name in ("logp_rollout", "logp_old", "logp_ref")}
         spoiled["reward"] = torch.where(batch.scorable, batch.reward, junk)
         assert torch.equal(gradient(policy, objective, dataclasses.replace(batch, **spoiled), whole(batch)), expected)
 

@@ -12,7 +12,7 @@ def completion(ids, *, sample=0, finish="stop", sampled=None, prompt_id="p"):
     return Completion(
         prompt_id=prompt_id, sample=sample, token_ids=torch.tensor(ids, dtype=torch.long), logp_rollout=-torch.arange(1.0, n + 1),
         finish=finish, text="", versions=torch.zeros(n, dtype=torch.long),
-        sampled=torch.ones(n, dtype=torch.bool) if sampled is None else torch.tensor(sampled), error="" if finish != "error" else "x",
+        sampled=torch.ones(n, dtype=torch.bool) if sampled is None else torch.tensor(sampled), error="x" * (finish == "error"),
     )  # fmt: skip
 
 
@@ -44,7 +44,9 @@ def test_environment_tokens_are_not_trained():
 
 def test_unscorable_is_kept_apart_and_failures_are_left_out():
     rows = (completion([1, 2]), completion([3], sample=1), completion([], sample=2, finish="error"))
-    batch = batch_from_groups([Group(prompt("a", 1), rows, (Score(None, reason="judge"), Score(1.0), Score(None, reason="engine")))])
+    batch = batch_from_groups(
+        [Group(prompt("a", 1), rows, (Score(None, reason="judge"), Score(1.0), Score(None, reason="engine")))]
+    )
     assert len(batch) == 2
     assert batch.scorable.tolist() == [False, True]
     assert torch.isnan(batch.reward[0])

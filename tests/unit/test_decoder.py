@@ -108,7 +108,9 @@ def test_padding_values_change_no_bit():
 def test_another_architecture_runs_through_transformers():
     torch.manual_seed(0)
     config = transformers.GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=1)
-    policy = Policy(model=transformers.GPT2LMHeadModel(config).eval(), tokenizer=None, template=None, end_ids=frozenset({1}), name="gpt2")
+    policy = Policy(
+        model=transformers.GPT2LMHeadModel(config).eval(), tokenizer=None, template=None, end_ids=frozenset({1}), name="gpt2"
+    )
     batch = make_batch()
     assert policy.decoder is None
     together = policy.logp(batch).logp

@@ -134,16 +134,12 @@ def test_every_metric_has_family_unit_and_meaning():
     assert {m.family for m in METRICS} == set(FAMILIES)
 
 
-@pytest.mark.parametrize(
-    "name", ["eval/pass@1", "eval/pass@16", "eval/medium:sub/pass@1", "time/rollout_s", "train/grad_norm"]
-)
+@pytest.mark.parametrize("name", ["eval/pass@1", "eval/pass@16", "eval/medium:sub/pass@1", "time/rollout_s", "train/grad_norm"])
 def test_known_names(name):
     assert metric(name).unit
 
 
-@pytest.mark.parametrize(
-    "name, hint", [("reward/maen", "reward/mean"), ("eval/pass@x", "eval/pass"), ("gap", "No metric")]
-)
+@pytest.mark.parametrize("name, hint", [("reward/maen", "reward/mean"), ("eval/pass@x", "eval/pass"), ("gap", "No metric")])
 def test_an_unknown_name_is_refused(name, hint):
     with pytest.raises(KeelError, match=hint):
         check_names(["reward/mean", name])

@@ -64,9 +64,10 @@ def test_the_template_is_passed_on(tiny_policy, tmp_path):
     tiny_policy.template = Template("inline", CHAT)
     folder = export(tiny_policy, tmp_path / "out")
     assert AutoTokenizer.from_pretrained(folder).chat_template == CHAT
-    assert json.loads((folder / "keel_export.json").read_text())["template_sha256"] == tiny_policy.template.describe()[
-        "template_sha256"
-    ]
+    assert (
+        json.loads((folder / "keel_export.json").read_text())["template_sha256"]
+        == tiny_policy.template.describe()["template_sha256"]
+    )
     assert tiny_policy.tokenizer.chat_template is None
 
 

@@ -68,9 +68,7 @@ def test_clip(low, high):
     expected = [-min(a * r, a * min(max(r, 1 - low), 1 + high)) for a, r in PAIRS]
     assert tokens(surrogate(at)) == pytest.approx(expected)
     free = [a * r <= a * min(max(r, 1 - low), 1 + high) for a, r in PAIRS]  # the unclipped branch is the minimum
-    assert slopes(surrogate(at), at) == pytest.approx(
-        [-a * r if f else 0.0 for (a, r), f in zip(PAIRS, free, strict=True)]
-    )
+    assert slopes(surrogate(at), at) == pytest.approx([-a * r if f else 0.0 for (a, r), f in zip(PAIRS, free, strict=True)])
     assert tokens(surrogate.bound(at)) == [not f for f in free]
 
 

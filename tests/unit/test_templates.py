@@ -82,6 +82,7 @@ def test_turn_end_is_the_token_that_closes_an_answer(tokenizer, chat_tokenizer):
     assert Template("tokenizer", CHAT).turn_end(chat_tokenizer) == chat_tokenizer.convert_tokens_to_ids("<end>")
     assert Template("none").turn_end(tokenizer) is None
     assert Template("open", "{{ messages[-1].content }}").turn_end(tokenizer) is None
+    assert Template("text", "{{ messages[-1].content }} Next:").turn_end(tokenizer) is None
 
 
 def test_the_clock_of_a_template_stands_still(tokenizer):

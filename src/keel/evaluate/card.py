@@ -88,9 +88,7 @@ def _phases(kind: str) -> list[str]:
 
 def _shape(config: Mapping[str, Any]) -> str:
     width, layers, heads = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
-    text = (
-        f"hidden {width}, {layers} layers, {heads} heads of {config['head_dim']} ({config['num_key_value_heads']} kv), "
-    )
+    text = f"hidden {width}, {layers} layers, {heads} heads of {config['head_dim']} ({config['num_key_value_heads']} kv), "
     if config.get("num_experts"):
         mlp = config["moe_intermediate_size"]
         return text + f"{config['num_experts']} experts of {mlp}, {config['num_experts_per_tok']} a token"

@@ -66,9 +66,7 @@ def describe(graded: Sequence[Graded], ks: Sequence[int] = (1,)) -> dict[str, fl
     }
 
 
-def grade(
-    engine: Engine, prompts: Sequence[Prompt], task: Task, sampling: Sampling, samples: int, seed: Seed
-) -> list[Graded]:
+def grade(engine: Engine, prompts: Sequence[Prompt], task: Task, sampling: Sampling, samples: int, seed: Seed) -> list[Graded]:
     """Every prompt with its completions and their scores, in the order of `prompts`; matched by id, never by position.
 
     Raises:

@@ -23,9 +23,7 @@ def tier(right: int, tries: int = TRIES) -> Tier:
     Source: Tricks or Traps, arXiv 2508.08221, data split by successes of 8 tries. Differs from it: the bounds are ours.
     """
     if not 0 <= right <= tries or tries < 1:
-        raise KeelError(
-            f"{right} right of {tries} tries is impossible. Expected 0 ≤ right ≤ tries and at least one try."
-        )
+        raise KeelError(f"{right} right of {tries} tries is impossible. Expected 0 ≤ right ≤ tries and at least one try.")
     if 4 * right <= tries:
         return "hard"
     return "easy" if 4 * right >= 3 * tries else "medium"

@@ -1,7 +1,8 @@
 """A compact Llama / Qwen decoder over forests of tokens, on the very modules of the transformers model.
 
-It holds no weights: every matrix belongs to the transformers model (LoRA layers included), so training through it trains that model.
-Dense Llama, Mistral, Qwen2, Qwen3 and the Qwen3 mixture of experts run here; every other architecture runs through transformers.
+It holds no weights: every matrix belongs to the transformers model (LoRA layers included), so training through it
+trains that model. Dense Llama, Mistral, Qwen2, Qwen3 and the Qwen3 mixture of experts run here; every other architecture runs
+through transformers.
 """
 
 from __future__ import annotations
@@ -32,9 +33,7 @@ class Shape:
     @classmethod
     def of(cls, config) -> Shape:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return cls(
-            config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads, head_dim, config.rms_norm_eps
-        )
+        return cls(config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads, head_dim, config.rms_norm_eps)
 
 
 def supports(config) -> bool:

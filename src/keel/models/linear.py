@@ -1,7 +1,8 @@
 """Matrix products for training, by whichever library multiplies faster here.
 
 On a CPU in fp32, oneDNN's linear kernel does large products 15–30 % faster than the BLAS behind `F.linear`, and reads transposed
-weights in place. It has no derivative of its own, so one is written here. Small products, other dtypes and other devices take `F.linear`.
+weights in place. It has no derivative of its own, so one is written here. Small products, other dtypes and other devices take
+`F.linear`.
 """
 
 from __future__ import annotations

@@ -192,8 +192,7 @@ def _dequantise(source: Source):
     missing = [package for package in ("gguf", "accelerate") if not _importable(package)]
     if missing:
         raise KeelError(
-            f"Reading {source.gguf!r} needs the package {' and '.join(missing)}. Install with `pip install "
-            f"'keel-rl[gguf]'`."
+            f"Reading {source.gguf!r} needs the package {' and '.join(missing)}. Install with `pip install 'keel-rl[gguf]'`."
         )
     log.info("dequantising %s once; the result is kept in %s", source.gguf, cache_root())
     tokenizer = AutoTokenizer.from_pretrained(source.folder, gguf_file=source.gguf)

@@ -178,8 +178,7 @@ def _linear_layers(model: nn.Module) -> list[str]:
 def _resume(peft, model: nn.Module, folder: str) -> nn.Module:
     if not (Path(folder) / "adapter_config.json").is_file():
         raise KeelError(
-            f"No adapter in {folder!r}: it holds no adapter_config.json. Expected a folder that peft's save_pretrained "
-            f"wrote."
+            f"No adapter in {folder!r}: it holds no adapter_config.json. Expected a folder that peft's save_pretrained wrote."
         )
     try:
         wrapped = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)

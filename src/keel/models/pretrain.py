@@ -153,9 +153,7 @@ def _config(size: str):
 def fit(model, mixture: Mixture, schedule: Schedule, seed: str) -> Iterator[float]:
     """Train the model in place on fresh examples; yields each step's mean loss in nats per completion token."""
     rng = random.Random(seed)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=schedule.lr, betas=(0.9, 0.98), weight_decay=schedule.weight_decay
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=schedule.lr, betas=(0.9, 0.98), weight_decay=schedule.weight_decay)
     model.train()
     for step in range(schedule.steps):
         optimizer.param_groups[0]["lr"] = schedule.lr_at(step)
@@ -194,9 +192,7 @@ def _padded(rows: list[tuple[list[int], int]]) -> tuple[Int[Tensor, "B L"], Bool
     return tokens, mask
 
 
-def _losses(
-    model, tokens: Int[Tensor, "B L"], mask: Bool[Tensor, "B L"]
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+def _losses(model, tokens: Int[Tensor, "B L"], mask: Bool[Tensor, "B L"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Summed −log p of completion tokens, and the weighted load-balancing loss of an MoE (0 of a dense model).
 
     Rows are padded on the right and attention is causal, so no token sees padding.

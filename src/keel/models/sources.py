@@ -17,8 +17,7 @@ HUB_SECONDS = 10.0  # for the hub's first answer
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 HUB_FILES = (".json", ".jinja", ".model", ".txt")  # beside the weights
 FORMS = (
-    "a bundled name, package:NAME, a GGUF file, a folder in transformers' format, "
-    "or a hub id (owner/name, or owner/name@revision)"
+    "a bundled name, package:NAME, a GGUF file, a folder in transformers' format, or a hub id (owner/name, or owner/name@revision)"
 )
 
 

@@ -105,9 +105,7 @@ class _Std:
 
     def __post_init__(self):
         if self.ddof not in (0, 1) or self.eps < 0:
-            raise KeelError(
-                f"{self!r}: expected ddof 0 or 1 and eps ≥ 0. ddof 1 is torch.std's habit, 0 the population's."
-            )
+            raise KeelError(f"{self!r}: expected ddof 0 or 1 and eps ≥ 0. ddof 1 is torch.std's habit, 0 the population's.")
 
     def _divide(self, advantage: Tensor, deviation: Tensor, scored: Scored) -> Tensor:
         total, count, _ = _group_statistics(scored, keep(deviation.square(), scored.counted))
@@ -124,9 +122,7 @@ class GroupStd(_Std):
     Source: GRPO, arXiv 2402.03300, §4.1.2. Differs from it: ddof and eps, which the paper leaves open, are named.
     """
 
-    def __call__(
-        self, advantage: Float[Tensor, "B T"], centred: Float[Tensor, " B"], scored: Scored
-    ) -> Float[Tensor, "B T"]:
+    def __call__(self, advantage: Float[Tensor, "B T"], centred: Float[Tensor, " B"], scored: Scored) -> Float[Tensor, "B T"]:
         return self._divide(advantage, scored.reward - group_mean(scored), scored)
 
 
@@ -137,9 +133,7 @@ class RawBatchStd(_Std):
     Source: Lite PPO, arXiv 2508.08221. Differs from it: ddof and eps are named.
     """
 
-    def __call__(
-        self, advantage: Float[Tensor, "B T"], centred: Float[Tensor, " B"], scored: Scored
-    ) -> Float[Tensor, "B T"]:
+    def __call__(self, advantage: Float[Tensor, "B T"], centred: Float[Tensor, " B"], scored: Scored) -> Float[Tensor, "B T"]:
         return self._divide(advantage, scored.reward - batch_mean(scored), _one_group(scored))
 
 
@@ -154,9 +148,7 @@ class CentredBatchStd(_Std):
     shift.
     """
 
-    def __call__(
-        self, advantage: Float[Tensor, "B T"], centred: Float[Tensor, " B"], scored: Scored
-    ) -> Float[Tensor, "B T"]:
+    def __call__(self, advantage: Float[Tensor, "B T"], centred: Float[Tensor, " B"], scored: Scored) -> Float[Tensor, "B T"]:
         whole = _one_group(scored)
         deviation = centred - group_mean(Scored(centred, whole.group, whole.counted, whole.mask))
         return self._divide(advantage, deviation, whole)
@@ -175,9 +167,7 @@ class TokenWhitening:
 
     eps: float = 1e-8
 
-    def __call__(
-        self, advantage: Float[Tensor, "B T"], centred: Float[Tensor, " B"], scored: Scored
-    ) -> Float[Tensor, "B T"]:
+    def __call__(self, advantage: Float[Tensor, "B T"], centred: Float[Tensor, " B"], scored: Scored) -> Float[Tensor, "B T"]:
         mean, std = _token_moments(advantage, scored.mask, self.eps)
         return (advantage - mean) / std
 
@@ -192,9 +182,7 @@ class TokenStd:
 
     eps: float = 1e-8
 
-    def __call__(
-        self, advantage: Float[Tensor, "B T"], centred: Float[Tensor, " B"], scored: Scored
-    ) -> Float[Tensor, "B T"]:
+    def __call__(self, advantage: Float[Tensor, "B T"], centred: Float[Tensor, " B"], scored: Scored) -> Float[Tensor, "B T"]:
         _, std = _token_moments(advantage, scored.mask, self.eps)
         return torch.where(advantage == 0, advantage, advantage / std)
 

@@ -169,9 +169,7 @@ class OffPolicyMask(Correction):
 
     def __post_init__(self):
         if not self.delta > 0:
-            raise KeelError(
-                f"{self!r}: expected delta > 0 nats; at 0 half of all on-policy completions would be masked by noise."
-            )
+            raise KeelError(f"{self!r}: expected delta > 0 nats; at 0 half of all on-policy completions would be masked by noise.")
 
     def __call__(self, view: TokenView) -> Float[Tensor, "B T"]:
         behind = -geometric_mean(view.log_rho if self.against_sampler else view.log_ratio, view.mask)
@@ -201,6 +199,4 @@ def _inside(ratio: Tensor, low: float, high: float) -> Tensor:
 
 def _refuse_interval(part: Correction, low: float, high: float) -> None:
     if not (0 <= low <= 1 <= high):
-        raise KeelError(
-            f"{part!r}: expected bounds around 1 (0 ≤ low ≤ 1 ≤ high), so that a token without engine gap is kept."
-        )
+        raise KeelError(f"{part!r}: expected bounds around 1 (0 ≤ low ≤ 1 ≤ high), so that a token without engine gap is kept.")

@@ -102,9 +102,7 @@ class RewardKL:
     def __post_init__(self):
         _refuse_coefficient(self)
 
-    def penalty(
-        self, d: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
-    ) -> tuple[Float[Tensor, "B T"], Float[Tensor, " B"]]:
+    def penalty(self, d: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> tuple[Float[Tensor, "B T"], Float[Tensor, " B"]]:
         """What each token's return loses, and what the completion's reward loses."""
         paid = self.kl_coef * keep(self.level(self.estimator, d, mask), mask)
         whole = paid.sum(1)
@@ -145,6 +143,5 @@ class LossKL:
 def _refuse_coefficient(part: RewardKL | LossKL) -> None:
     if not 0 < part.kl_coef < float("inf"):
         raise KeelError(
-            f"{part!r}: expected a finite kl_coef > 0. A penalty that is off is written None, so that no reference is "
-            "loaded."
+            f"{part!r}: expected a finite kl_coef > 0. A penalty that is off is written None, so that no reference is loaded."
         )

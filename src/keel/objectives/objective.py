@@ -129,9 +129,7 @@ class Objective:
         view = self.view(logp.detach(), torch.zeros_like(logp), batch, prepared)
         return view.mask & self.surrogate.bound(view)
 
-    def view(
-        self, logp: Float[Tensor, "B T"], entropy: Float[Tensor, "B T"], batch: Batch, prepared: Prepared
-    ) -> TokenView:
+    def view(self, logp: Float[Tensor, "B T"], entropy: Float[Tensor, "B T"], batch: Batch, prepared: Prepared) -> TokenView:
         """What the loss terms see: all of it zero where masked, each difference of log-probabilities named once."""
         mask = prepared.mask
         logp = keep(logp, mask)
@@ -193,10 +191,6 @@ def _refuse_impossible(objective: Objective) -> None:
         )
     if len(weighing) > 1:
         names = " and ".join(type(c).__name__ for c in weighing)
-        raise KeelError(
-            f"{names} together count the engine gap twice. Expected at most one weighing correction; drop one of them."
-        )
+        raise KeelError(f"{names} together count the engine gap twice. Expected at most one weighing correction; drop one of them.")
     if not abs(objective.entropy_coef) < float("inf"):
-        raise KeelError(
-            f"entropy_coef is {objective.entropy_coef}. Expected a finite number; 0 switches the entropy bonus off."
-        )
+        raise KeelError(f"entropy_coef is {objective.entropy_coef}. Expected a finite number; 0 switches the entropy bonus off.")

@@ -45,9 +45,7 @@ def difference(a: Recipe | str, b: Recipe | str) -> list[Difference]:
     of_a, of_b = choices(a), choices(b)
     names = list(dict.fromkeys([*of_a, *of_b]))
     return [
-        Difference(
-            name, of_a.get(name, "none"), of_b.get(name, "none"), a.sources.get(name, ""), b.sources.get(name, "")
-        )
+        Difference(name, of_a.get(name, "none"), of_b.get(name, "none"), a.sources.get(name, ""), b.sources.get(name, ""))
         for name in names
         if of_a.get(name, "none") != of_b.get(name, "none")
     ]
@@ -61,9 +59,7 @@ def papers_markdown() -> str:
         "`solid`, with the place in the paper or its code, as we read it: look again before quoting it to anyone.\n"
         "`keel papers dapo grpo` compares any two.\n"
     )
-    return "\n".join(
-        [head, _choices_table(RECIPES["solid"]), *(_section(r) for r in RECIPES.values() if r.name != "solid")]
-    )
+    return "\n".join([head, _choices_table(RECIPES["solid"]), *(_section(r) for r in RECIPES.values() if r.name != "solid")])
 
 
 def _section(of: Recipe) -> str:

@@ -146,9 +146,7 @@ def _changed_member(field: str, members: tuple, path: str, value: Any) -> tuple:
     name, _, rest = path.partition(".")
     kind = type(part(field, name))
     if not any(type(member) is kind for member in members):
-        raise KeelError(
-            f"{field} has no {name!r} as it is chosen now ({describe(members)}). Add it first: {field} = [{name!r}]."
-        )
+        raise KeelError(f"{field} has no {name!r} as it is chosen now ({describe(members)}). Add it first: {field} = [{name!r}].")
     return tuple(_changed(name, member, rest, value) if type(member) is kind else member for member in members)
 
 
@@ -163,9 +161,7 @@ def _chosen(field: str, value: Any) -> Any:
 
 def _choices(field: str) -> dict[str, Any]:
     if field not in PARTS:
-        raise KeelError(
-            f"There is no kind of part {field!r}; {nearest(field, PARTS)}Expected one of: {', '.join(PARTS)}."
-        )
+        raise KeelError(f"There is no kind of part {field!r}; {nearest(field, PARTS)}Expected one of: {', '.join(PARTS)}.")
     return PARTS[field]
 
 

@@ -104,14 +104,12 @@ dapo = Recipe(
         "advantage.baseline": "eq. 9: group mean",
         "advantage.scale": "eq. 9: group std; ddof 1 as in its code (verl), eps as in grpo",
         "surrogate": "§3.1 and §4.1: clip-higher, ε_low .2, ε_high .28",
-        "aggregate": "its code: the tokens of the whole batch; the formula (eq. 8) divides by one group's: "
-        "group_token_mean",
+        "aggregate": "its code: the tokens of the whole batch; the formula (eq. 8) divides by one group's: group_token_mean",
         "shaping": "eq. 13: cache 4,096 of 20,480; scale .5 because rewards here are 0 and 1, there −1 and 1",
         "dynamic_sampling": "§3.2, eq. 11",
         "updates_per_batch": "§4.1: 16 gradient updates for each rollout step",
     },
-    notes="The overlong filter of §3.4 (`OverlongFilter`) is the alternative to the punishment, and is not in its "
-    "released script.",
+    notes="The overlong filter of §3.4 (`OverlongFilter`) is the alternative to the punishment, and is not in its released script.",
 )
 
 dr_grpo = Recipe(
@@ -133,8 +131,7 @@ rloo = Recipe(
     paper="Back to basics (Ahmadian et al. 2024)",
     url="https://arxiv.org/abs/2402.14740",
     sources={"reward_kl": "β log(π/π_ref) of the whole completion taken off the reward; β .05 as in TRL"},
-    notes="The paper sums log-probabilities over the completion; constant_length_mean is that sum up to the constant "
-    "1/max_tokens.",
+    notes="The paper sums log-probabilities over the completion; constant_length_mean is that sum up to the constant 1/max_tokens.",
 )
 
 reinforce_pp = Recipe(
@@ -175,8 +172,7 @@ reinforce_pp_baseline = Recipe(
         "loss_kl": "k2 as a separate loss; the coefficient .001 is ours",
         "aggregate": "token mean, as in OpenRLHF",
     },
-    notes="The token-weighted mean of centred rewards is not zero: a group that is wrong throughout can get a "
-    "positive advantage.",
+    notes="The token-weighted mean of centred rewards is not zero: a group that is wrong throughout can get a positive advantage.",
 )
 
 reinforce_pp_centred = replace(
@@ -277,9 +273,7 @@ cispo = Recipe(
 sapo = Recipe(
     name="sapo",
     title="SAPO: a soft gate in place of the clip",
-    objective=Objective(
-        advantage=group_normalised, surrogate=Sapo(tau_positive=1.0, tau_negative=1.05), aggregate=sequence_mean
-    ),
+    objective=Objective(advantage=group_normalised, surrogate=Sapo(tau_positive=1.0, tau_negative=1.05), aggregate=sequence_mean),
     updates_per_batch=4,
     paper="Soft adaptive policy optimization (Gao et al. 2025)",
     url="https://arxiv.org/abs/2511.20347",
@@ -377,8 +371,7 @@ decoupled = Recipe(
         "aggregate": "token mean, as in its code",
         "updates_per_batch": "four minibatches, as in its configurations",
     },
-    notes="logp_old is the proximal policy: the trainer just before this batch's updates, however old the sampling "
-    "weights are.",
+    notes="logp_old is the proximal policy: the trainer just before this batch's updates, however old the sampling weights are.",
 )
 
 

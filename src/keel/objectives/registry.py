@@ -50,9 +50,7 @@ RECIPES: dict[str, Recipe] = {}
 def register(recipe: Recipe) -> Recipe:
     """Make a recipe known by its name, and give it back. A name that means another recipe already is refused."""
     if RECIPES.get(recipe.name, recipe) != recipe:
-        raise KeelError(
-            f"A recipe named {recipe.name!r} exists already and differs. Expected a new name; choose another one."
-        )
+        raise KeelError(f"A recipe named {recipe.name!r} exists already and differs. Expected a new name; choose another one.")
     RECIPES[recipe.name] = recipe
     return recipe
 

@@ -109,9 +109,7 @@ class DualClip(Clip):
     def __post_init__(self):
         super().__post_init__()
         if not self.dual > 1:
-            raise KeelError(
-                f"{self!r}: expected dual > 1; the bound would cut into the ratios that the clip allows. 3 is usual."
-            )
+            raise KeelError(f"{self!r}: expected dual > 1; the bound would cut into the ratios that the clip allows. 3 is usual.")
 
     def bound(self, view: TokenView) -> Bool[Tensor, "B T"]:
         return super().bound(view) | self._far(view)
@@ -140,8 +138,7 @@ class Cispo(Surrogate):
     def __post_init__(self):
         if not self.cap >= 1:
             raise KeelError(
-                f"{self!r}: expected an absolute cap ≥ 1, the weight of an on-policy token. Cispo.one_plus(ε) takes "
-                "an ε."
+                f"{self!r}: expected an absolute cap ≥ 1, the weight of an on-policy token. Cispo.one_plus(ε) takes an ε."
             )
 
     @classmethod

@@ -1,7 +1,7 @@
 """The in-process engine: token in, token out, and exact.
 
-Every completion's tokens depend on its own seed alone, not on its batch. What siblings have in common is computed once: the prompt, and
-sampled prefixes too, because equal prefixes have equal next-token distributions. Finished completions leave the batch at once.
+Every completion's tokens depend on its own seed alone, not on its batch. What siblings have in common is computed once: the prompt,
+and sampled prefixes too, because equal prefixes have equal next-token distributions. Finished completions leave the batch at once.
 """
 
 from __future__ import annotations

@@ -30,9 +30,7 @@ def kept_tokens(log_probs: Float[Tensor, "U V"], sampling: Sampling) -> Bool[Ten
     return kept
 
 
-def distribution(
-    logits: Float[Tensor, "U V"], sampling: Sampling
-) -> tuple[Float[Tensor, "U V"], Bool[Tensor, "U V"] | None]:
+def distribution(logits: Float[Tensor, "U V"], sampling: Sampling) -> tuple[Float[Tensor, "U V"], Bool[Tensor, "U V"] | None]:
     """Log-probabilities, in nats, that tokens are drawn from, and the kept set (None when nothing is cut off).
 
     Temperature 0 is greedy: all mass on the likeliest token.

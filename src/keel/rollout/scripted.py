@@ -106,9 +106,7 @@ class ScriptedEngine:
             KeelError: the script has nothing for a prompt, or sampling is truncated, for which it has no kept sets.
         """
         if sampling.truncated:
-            raise KeelError(
-                "A script has no kept sets to replay, so it cannot stand for truncated sampling. Set top_p=1."
-            )
+            raise KeelError("A script has no kept sets to replay, so it cannot stand for truncated sampling. Set top_p=1.")
         due = [fault for fault in self.faults if fault.due(seed.step)]
         if any(fault.kind == "raise" for fault in due):
             raise RuntimeError(f"ScriptedEngine fails at step {seed.step}, as its faults ask")

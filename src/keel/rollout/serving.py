@@ -1,8 +1,8 @@
 """How the local engine runs a model: one step of many branches at once, with their key–value caches.
 
-Both forms answer the same two calls. `start(prompts)` gives logits after each prompt; `advance(parents, tokens)` grows branch i from
-branch `parents[i]` of the last call by one token, and gives the logits after it. Several branches may grow from one parent (siblings
-that drew different tokens), and a parent that nobody names is dropped.
+Both forms answer the same two calls. `start(prompts)` gives logits after each prompt; `advance(parents, tokens)` grows branch i
+from branch `parents[i]` of the last call by one token, and gives the logits after it. Several branches may grow from one parent
+(siblings that drew different tokens), and a parent that nobody names is dropped.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class _Layer:
 class FusedForward:
     """The compact decoder for sampling: fused and prepacked products, and a static cache in which live branches stay contiguous.
 
-    Prompts are aligned at their right ends, so that every branch writes the same cache column. A child takes over its parent's slot;
-    only further siblings copy it.
+    Prompts are aligned at their right ends, so that every branch writes the same cache column. A child takes over its parent's
+    slot; only further siblings copy it.
     """
 
     def __init__(self, config, weights: Mapping[str, Tensor], inv_freq: Tensor):
@@ -179,14 +179,20 @@ class TransformersForward:
     def advance(self, parents: np.ndarray, tokens: Tensor) -> Tensor:
         index = torch.from_numpy(parents).to(tokens.device)
         if len(parents) != len(self.attended) or (parents != np.arange(len(parents))).any():
-            self.cache.batch_select_indices(index) if hasattr(self.cache, "batch_select_indices") else self.cache.reorder_cache(index)
+            self.cache.batch_select_indices(index) if hasattr(self.cache, "batch_select_indices") else self.cache.reorder_cache(
+                index
+            )
             self.attended = self.attended[index]
         self.attended = F.pad(self.attended, (0, 1), value=1)
         return self._run(tokens[:, None], self.attended.sum(-1, keepdim=True) - 1)
 
     def _run(self, ids: Tensor, positions: Tensor) -> Tensor:
         out = self.model(
-            input_ids=ids, attention_mask=self.attended, position_ids=positions, past_key_values=self.cache, use_cache=True,
+            input_ids=ids,
+            attention_mask=self.attended,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
             logits_to_keep=1,
         )
         self.cache = out.past_key_values

@@ -27,9 +27,7 @@ def arithmetic(variant: str, train_size: int | str = 8000, test_size: int | str 
     return family_task(SUMS[terms], f"arithmetic:{variant}", *sizes)
 
 
-def sums(
-    variant: str, question: str = QUESTION, train_size: int | str = 4096, test_size: int | str = 256
-) -> PromptTask:
+def sums(variant: str, question: str = QUESTION, train_size: int | str = 4096, test_size: int | str = 256) -> PromptTask:
     """ "What is 17 + 25? Answer with the number only." for a language model; graded is the last number that it writes.
 
     Args:

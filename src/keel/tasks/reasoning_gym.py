@@ -106,9 +106,7 @@ def _prompt(variant: str, index: int, entry: Mapping[str, Any], suffix: str) -> 
             f"reasoning-gym's data set {variant!r} gives no gold answer for its row {index}, so nothing can show that "
             f"its scorer works. Expected one in every row; choose another data set."
         )
-    return Prompt(
-        id=f"{variant}/{index}", text=entry["question"] + suffix, answer=str(entry["answer"]), data={"entry": entry}
-    )
+    return Prompt(id=f"{variant}/{index}", text=entry["question"] + suffix, answer=str(entry["answer"]), data={"entry": entry})
 
 
 def _gold(prompt: Prompt) -> str:

@@ -126,8 +126,7 @@ def _cell(row: Row, column: str, option: str, id: str, where: str) -> str:
     value = row[column]
     if isinstance(value, bool) or not isinstance(value, str | int | float) or value != value or not str(value).strip():
         raise KeelError(
-            f"Row {id!r} of {where!r} has {value!r} in column {column!r}. Expected a text or a number; mend the row, "
-            f"or drop it."
+            f"Row {id!r} of {where!r} has {value!r} in column {column!r}. Expected a text or a number; mend the row, or drop it."
         )
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
@@ -183,15 +182,12 @@ def read_parquet(file: Path) -> list[Row]:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise KeelError(
-            f"Reading {str(file)!r} needs pyarrow, which cannot be imported ({error}). Install it: pip install "
-            f"'keel-rl[data]'."
+            f"Reading {str(file)!r} needs pyarrow, which cannot be imported ({error}). Install it: pip install 'keel-rl[data]'."
         ) from error
     try:
         return parquet.read_table(file).to_pylist()
     except (ArrowException, OSError) as error:
-        raise KeelError(
-            f"File {str(file)!r} cannot be read as Parquet: {error} Expected a whole Parquet file."
-        ) from error
+        raise KeelError(f"File {str(file)!r} cannot be read as Parquet: {error} Expected a whole Parquet file.") from error
 
 
 def read_datasets(name: str, split: str, config: str = "") -> Iterable[Row]:

@@ -151,9 +151,7 @@ def _check_options(spec: str, factory: Factory, chosen: Mapping[str, Any]) -> No
         return
     for key in chosen:
         if key not in names:
-            raise KeelError(
-                f"Task {spec!r} takes no option {key!r}: {nearest(key, names)}It takes {', '.join(names) or 'none'}."
-            )
+            raise KeelError(f"Task {spec!r} takes no option {key!r}: {nearest(key, names)}It takes {', '.join(names) or 'none'}.")
 
 
 def pick_variant(task: str, variant: str, known: Iterable[str]) -> str:

@@ -102,8 +102,8 @@ def collect(
             return Collected(kept[:prompts], tokens, dropped + max(0, len(kept) - prompts))
     raise KeelError(
         f"Dynamic sampling found {len(kept)} live groups (right and wrong answers in one group) among {max_rounds * prompts} "
-        f"prompts, and {prompts} are needed. Expected a share of 1 − p^G − (1−p)^G of them. Take easier or harder prompts, a larger "
-        "train.group_size, a larger train.dynamic_sampling_max_rounds, or set train.dynamic_sampling = false."
+        f"prompts, and {prompts} are needed. Expected a share of 1 − p^G − (1−p)^G of them. Take easier or harder prompts, a "
+        "larger train.group_size, a larger train.dynamic_sampling_max_rounds, or set train.dynamic_sampling = false."
     )
 
 
@@ -111,6 +111,6 @@ def _refuse_all_unscorable(groups: Sequence[Group]) -> None:
     scores = [score for group in groups for score in group.scores]
     if not any(score.scorable for score in scores):
         raise KeelError(
-            f"None of {len(scores)} completions could be scored; the first reason was: {scores[0].reason}. Expected finite rewards. "
-            "Mend the reward or the engine; an unscorable completion is never counted as a wrong one."
+            f"None of {len(scores)} completions could be scored; the first reason was: {scores[0].reason}. Expected finite "
+            "rewards. Mend the reward or the engine; an unscorable completion is never counted as a wrong one."
         )

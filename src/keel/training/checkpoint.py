@@ -98,9 +98,7 @@ def newest(folder: Path) -> int:
     """
     found = checkpoints(folder)
     if not found:
-        raise KeelError(
-            f"There is no checkpoint in {folder}. Expected a folder such as {_name(50)}. Is this the run you meant?"
-        )
+        raise KeelError(f"There is no checkpoint in {folder}. Expected a folder such as {_name(50)}. Is this the run you meant?")
     pointer = Path(folder) / "latest"
     named = _step(pointer.read_text(encoding="utf-8").strip()) if pointer.is_file() else None
     return named if named in found else found[-1]

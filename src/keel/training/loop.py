@@ -1,6 +1,6 @@
 """The training loop, as a generator: prompts → completions → scores → advantages → updates → new weights in the engine.
 
-It yields one StepRecord per optimizer step and does nothing else with them; whoever consumes the records prints, saves or evaluates.
+It yields one StepRecord per optimizer step and does nothing else with them; whoever consumes them prints, saves or evaluates.
 """
 
 from __future__ import annotations

@@ -91,4 +91,3 @@ def learning_rate(peak: float, schedule: str, warmup: int, update: int, updates:
         return peak * (update + 1) / warmup
     done = (update - warmup) / max(1, updates - warmup)
     return peak * {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[schedule]
-
