@@ -270,5 +270,7 @@ def test_what_never_reaches_a_scorer():
 def test_settings_of_a_data_set_reach_it():
     task = get_task("reasoning_gym:chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=1", train_size=8, test_size=2)
     assert all(p.data["entry"]["metadata"]["num_terms"] == 2 for p in task.train)
+    texts = [p.text for p in get_task("reasoning_gym:chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=1").train]
+    assert len(set(texts)) == len(texts) < 500  # of some 200 sums of two digits each is asked once
     again = get_task("reasoning_gym:chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=1", train_size=8, test_size=2)
     assert [p.text for p in again.train] == [p.text for p in task.train]

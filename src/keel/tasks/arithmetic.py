@@ -28,7 +28,8 @@ def arithmetic(variant: str, train_size: int | str = 8000, test_size: int | str 
 
 
 def sums(variant: str, question: str = QUESTION, train_size: int | str = 4096, test_size: int | str = 256) -> PromptTask:
-    """ "What is 17 + 25? Answer with the number only." for a language model; graded is the last number that it writes.
+    """Two numbers to add, for a language model: "Calculate 17 + 25. Write only the result."; the last number it writes
+    is graded.
 
     Args:
         variant: "1digit", "2digit" or "3digit": both terms have so many digits.

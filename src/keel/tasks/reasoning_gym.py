@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -71,7 +70,7 @@ def grader(score_answer: Callable[[str, Mapping[str, Any]], float]) -> Callable[
             value = float(score_answer(answer, prompt.data["entry"]))
         except Exception as error:  # scorers index into what a model wrote, and fail in as many ways
             return Score(None, reason=f"the scorer raised {type(error).__name__}: {error}")
-        if not math.isfinite(value) or not 0.0 <= value <= 1.0:
+        if not 0.0 <= value <= 1.0:  # NaN too
             return Score(None, reason=f"the scorer returned {value}, which is not in [0, 1]")
         return Score(value, value >= FULL)
 

@@ -25,17 +25,17 @@ WRITE = {"tag": "<answer>{}</answer>", "marker": "A:{}"}  # how gold is written 
 
 
 def jsonl(variant: str, **options: str) -> PromptTask:
-    """ "jsonl:PATH?prompt=COLUMN&answer=COLUMN": one JSON object a line. Options as in `table`."""
+    """Spec "jsonl:PATH?prompt=COLUMN&answer=COLUMN": one JSON object a line. Options as in `table`."""
     return table(f"jsonl:{variant}", lambda path: read_jsonl(_file(path, "jsonl")), variant, **options)
 
 
 def parquet(variant: str, **options: str) -> PromptTask:
-    """ "parquet:PATH?prompt=COLUMN&answer=COLUMN": one Parquet file. Options as in `table`."""
+    """Spec "parquet:PATH?prompt=COLUMN&answer=COLUMN": one Parquet file. Options as in `table`."""
     return table(f"parquet:{variant}", lambda path: read_parquet(_file(path, "parquet")), variant, **options)
 
 
 def datasets(variant: str, split: str = "train", test_split: str = "", config: str = "", **options: str) -> PromptTask:
-    """ "datasets:NAME?prompt=COLUMN&answer=COLUMN": a hub name, or a folder that `datasets` wrote or can read.
+    """Spec "datasets:NAME?prompt=COLUMN&answer=COLUMN": a hub name, or a folder that `datasets` wrote or can read.
 
     Args:
         split, test_split: of the data set; without a test split, one is taken from `split` by hash.
