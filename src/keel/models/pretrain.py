@@ -61,7 +61,8 @@ class Schedule:
         return self.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-BASE, ALIGN = Schedule(steps=2000), Schedule(steps=300, lr=5e-4)
+BASE = {size: Schedule(steps=2600 if size == "moe" else 2000) for size in SIZES}
+ALIGN = Schedule(steps=300, lr=5e-4)
 Progress = Callable[[int, int, float], None]
 
 
@@ -71,7 +72,7 @@ def pretrain(
     seed: int = 0,
     out: str | Path | None = None,
     *,
-    base: Schedule = BASE,
+    base: Schedule | None = None,
     align: Schedule = ALIGN,
     threads: int = 1,
     progress: Progress | None = None,
@@ -84,7 +85,7 @@ def pretrain(
         size: ".1M", ".3M", "1M" (dense) or "moe" (8 experts, top 2).
         kind: "base" (noisy mixture) or "aligned" (then tuned on clean answers that show their steps).
         out: the new folder; None trains without saving.
-        base, align: schedules of the two phases; an aligned model goes through both.
+        base, align: schedules of the two phases; an aligned model goes through both. `base` is by default BASE[size].
         threads: of torch while it trains. Sums run in another order with another number, so weights differ a little.
         progress: called as progress(step, steps, loss in nats per token) after every step.
 
@@ -98,7 +99,7 @@ def pretrain(
     for what, name, known in (("size", size, SIZES), ("kind", kind, MIXTURES)):
         if name not in known:
             raise KeelError(f"Unknown {what} {name!r}: {nearest(name, known)}Expected one of {', '.join(known)}.")
-    folder = None if out is None else _empty(Path(out))
+    folder, base = None if out is None else _empty(Path(out)), base or BASE[size]
     model, start = new_model(size, seed), time.perf_counter()
     phases = [("base", base)] + ([("aligned", align)] if kind == "aligned" else [])
     total, losses = sum(schedule.steps for _, schedule in phases), []
