@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import shutil
-import subprocess
-import sys
-import textwrap
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -117,25 +116,21 @@ def test_state_that_json_cannot_say_leaves_nothing_behind(tmp_path):
     assert names(tmp_path) == set()
 
 
-FULL_DISK = """
-    import resource, sys, torch
-    from pathlib import Path
-    from keel.errors import KeelError
-    from keel.training import checkpoint
-    folder = Path(sys.argv[1])
-    checkpoint.save(folder, 10, {"w": torch.ones(10)}, {})
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+@contextmanager
+def files_of_at_most(size: int):
+    """The system refuses to let any file grow beyond this many bytes, as it would on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
-        checkpoint.save(folder, 20, {"w": torch.ones(100_000)}, {})
-    except KeelError as said:
-        print(said)
-"""
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_no_room_leaves_the_last_checkpoint_and_no_half_of_a_new_one(tmp_path):
-    code = textwrap.dedent(FULL_DISK)
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
-    assert "no room on the disk for the checkpoint of step 20" in done.stdout, done.stderr
+    checkpoint.save(tmp_path, 10, {"w": torch.ones(10)}, {})
+    with pytest.raises(KeelError, match="no room on the disk for the checkpoint of step 20"), files_of_at_most(4096):
+        checkpoint.save(tmp_path, 20, {"w": torch.ones(100_000)}, {})
     assert names(tmp_path) == {"step-00000010", "latest"}
     assert torch.equal(checkpoint.load(tmp_path)[1]["w"], torch.ones(10))
 

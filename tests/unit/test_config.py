@@ -20,9 +20,10 @@ def refusal(**data) -> str:
 
 
 def test_the_quickstart_is_what_three_lines_of_python_train():
-    """Only its panel of other skills is more."""
+    """But for what it measures besides: its panel of other skills, and how often it asks whether it is on-policy."""
     config = RunConfig(recipe="solid", model="tiny-dense", task="arithmetic:medium")
-    assert load_config("quickstart", {"evaluation.panel": []}) == config
+    measured = {"evaluation.panel": [], "train.probe_every": config.train.probe_every}
+    assert load_config("quickstart", measured) == config
     assert load_config("solid", {"model": "tiny-dense", "task": "arithmetic:medium"}) == config
 
 

@@ -119,3 +119,26 @@ def test_another_architecture_runs_through_transformers():
         logits = policy.model(batch.tokens[row : row + 1, :n]).logits[0].log_softmax(-1)
         expected = logits[range(n - 1), batch.tokens[row, 1:n]][int(batch.prompt_len[row]) - 1 :]
         assert (together[row, : len(expected)] - expected).abs().max() < 1e-5
+
+
+def test_idle_nodes_for_fast_products_change_nothing(monkeypatch):
+    import keel.models.linear as linear
+
+    policy, batch = make_policy("qwen3_moe"), make_batch()
+    plain, plain_grad = value_and_gradient(policy, lambda: policy.logp(batch))
+    monkeypatch.setattr(linear, "LARGE", 1)
+    filled, filled_grad = value_and_gradient(policy, lambda: policy.logp(batch))
+    assert (plain.logp - filled.logp).abs().max() < 1e-5
+    assert torch.equal(plain.experts, filled.experts)
+    assert (plain_grad - filled_grad).abs().max() < 1e-5 * plain_grad.abs().max()
+    replayed = policy.logp(dataclasses.replace(batch, experts=filled.experts), replay_experts=True)
+    assert (plain.logp - replayed.logp).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("rows", [1, 63, 64, 65, 500, 1000, 2900, 100_000])
+def test_regular_numbers_of_rows_are_few_and_near(rows):
+    from keel.models.linear import regular
+
+    assert rows <= regular(rows) <= max(64, rows * 1.125 + 64)
+    assert regular(regular(rows)) == regular(rows)
+    assert len({regular(n) for n in range(rows, 2 * rows)}) <= 18

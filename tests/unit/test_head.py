@@ -17,11 +17,11 @@ def plain(hidden, weight, state, token, temperature, softcap, kept):
     return log_probs[state, token], -(log_probs.exp() * log_probs).sum(-1)
 
 
-@pytest.mark.parametrize("chunk_numbers", [1, 40, 10**6])
+@pytest.mark.parametrize("block_numbers", [1, 25, 10**6])
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.3])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("truncated", [False, True])
-def test_value_and_gradient(chunk_numbers, temperature, softcap, truncated):
+def test_value_and_gradient(block_numbers, temperature, softcap, truncated):
     generator = torch.Generator().manual_seed(3)
     hidden = torch.randn(7, 5, generator=generator, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(11, 5, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -40,7 +40,7 @@ def test_value_and_gradient(chunk_numbers, temperature, softcap, truncated):
 
     ours = gradients(
         lambda: token_logp(
-            hidden, weight, state, token, temperature=temperature, softcap=softcap, kept=kept, chunk_numbers=chunk_numbers
+            hidden, weight, state, token, temperature=temperature, softcap=softcap, kept=kept, block_numbers=block_numbers
         )
     )
     theirs = gradients(lambda: plain(hidden, weight, state, token, temperature, softcap, kept))

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
-import sys
-import textwrap
+import resource
+from contextlib import contextmanager
 
 import pytest
 
@@ -108,33 +107,28 @@ def test_numbers_that_json_cannot_say_become_null(tmp_path):
     assert json.loads(json_of({"a": [float("nan"), {"b": -math.inf}]})) == {"a": [None, {"b": None}]}
 
 
-FULL_DISK = """
-    import resource, sys
-    from pathlib import Path
-    from keel.errors import KeelError
-    from keel.files import append_jsonl, write_atomically
-    folder = Path(sys.argv[1])
-    append_jsonl(folder / "metrics.jsonl", [{"step": 1}])
-    write_atomically(folder / "summary.json", "old")
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+@contextmanager
+def files_of_at_most(size: int):
+    """The system refuses to let any file grow beyond this many bytes, as it would on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
-        append_jsonl(folder / "metrics.jsonl", [{"step": 2, "long": "x" * 9000}])
-    except KeelError as said:
-        print(said)
-    try:
-        write_atomically(folder / "summary.json", "x" * 9000)
-    except OSError as said:
-        print(said)
-"""
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_no_room_leaves_whole_lines_and_old_files(tmp_path):
-    code = textwrap.dedent(FULL_DISK)
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
-    assert "no room on the disk for the metrics.jsonl" in done.stdout, done.stderr
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
-    assert (tmp_path / "summary.json").read_text() == "old"
-    assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "summary.json"]
+def test_no_room_leaves_whole_lines_and_old_files(folder):
+    append_jsonl(folder.metrics, [{"step": 1}])
+    folder.finish({"steps": 1})
+    before = {path.name: path.read_bytes() for path in folder.path.iterdir()}
+    with pytest.raises(KeelError, match="no room on the disk for the metrics.jsonl"), files_of_at_most(4096):
+        append_jsonl(folder.metrics, [{"step": 2, "long": "x" * 9000}])
+    with pytest.raises(KeelError, match="no room on the disk for the summary.json"), files_of_at_most(4096):
+        folder.finish({"long": "x" * 9000})
+    with pytest.raises(KeelError, match="no room on the disk for the curves.png"), files_of_at_most(4096):
+        draw([], folder.curves, "a run")
+    assert {path.name: path.read_bytes() for path in folder.path.iterdir()} == before
 
 
 def test_a_small_file_is_replaced_at_once(tmp_path):

@@ -7,14 +7,14 @@ through transformers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from keel.models.linear import apply_linear
+from keel.models.linear import apply_linear, fast_products, regular
 from keel.models.packing import Packing
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
@@ -134,6 +134,9 @@ class Decoder:
 
     def hidden(self, packing: Packing, experts: Int[Tensor, "N layers k"] | None = None):
         """Final hidden states [N, d], after the last norm, and the experts that were chosen [N, layers, k] (None if dense)."""
+        nodes, packing = len(packing), self._filled(packing)
+        if experts is not None:
+            experts = F.pad(experts, (0, 0, 0, 0, 0, len(packing) - nodes))
         x = self.trunk.embed_tokens(packing.tokens)
         turn = rotary(packing.positions, self.trunk.rotary_emb.inv_freq.float(), x.dtype)
         chosen: list[Tensor] = []
@@ -148,7 +151,15 @@ class Decoder:
             else:
                 gate, up = apply_linear(layer.mlp.gate_proj, normed), apply_linear(layer.mlp.up_proj, normed)
                 x = x + apply_linear(layer.mlp.down_proj, F.silu(gate) * up)
-        return self._norm(self.trunk.norm, x), torch.stack(chosen, 1) if chosen else None
+        return self._norm(self.trunk.norm, x[:nodes]), torch.stack(chosen, 1)[:nodes] if chosen else None
+
+    def _filled(self, packing: Packing) -> Packing:
+        """The forest with idle nodes at its end, where fast products want a regular number of rows; nothing reads them."""
+        if not fast_products(self.trunk.embed_tokens.weight):
+            return packing
+        idle = (0, regular(len(packing)) - len(packing))
+        filled = {name: F.pad(getattr(packing, name), idle) for name in ("tokens", "positions", "parent", "place")}
+        return replace(packing, **filled)
 
     def _norm(self, norm: nn.Module, x: Tensor) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), norm.weight, self.shape.eps)

@@ -1,93 +1,91 @@
 """Log-probabilities and entropy of chosen tokens without ever holding tokens × vocabulary numbers.
 
-The head is cut in chunks of hidden states. The forward pass keeps one number per state (its log-normaliser); the backward pass
-makes each chunk's logits again. Where everything fits in one small chunk, its probabilities are kept instead.
+The vocabulary is cut in blocks, and the softmax is taken over them one after another. The forward pass keeps two numbers per state
+(its log-normaliser and its entropy); the backward pass makes each block's logits again, and writes each row of the weight's
+gradient once. Blocks are as wide as a budget of numbers allows, so memory does not grow with tokens × vocabulary.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from keel.models.linear import product
-
-CHUNK_NUMBERS = 2**24  # logits held at once: 64 MB in fp32
+BLOCK_NUMBERS = 2**22  # logits of one block: 16 MB in fp32
 
 
-class _ChunkedHead(torch.autograd.Function):
+class _BlockedHead(torch.autograd.Function):
     """(hidden, weight) → (log-probability of each edge, entropy of each state)."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, state, token, temperature, softcap, kept, chunk):
-        edges = _edges_by_chunk(state, hidden.shape[0], chunk)
-        logp = hidden.new_empty(state.shape[0])
-        entropy = hidden.new_empty(hidden.shape[0])
-        normaliser = hidden.new_empty(hidden.shape[0])
-        probs = None
-        for start, chosen in edges:
-            stop = min(start + chunk, hidden.shape[0])
-            logits = _logits(hidden[start:stop], weight, temperature, softcap, kept, start)
-            normaliser[start:stop] = torch.logsumexp(logits, -1)
-            here = normaliser[start:stop]
-            logp[chosen] = logits[state[chosen] - start, token[chosen]] - here[state[chosen] - start]
-            probs = torch.exp(logits - here[:, None])
-            weighted = probs * (logits if kept is None else torch.where(probs > 0, logits, 0.0))
-            entropy[start:stop] = here - weighted.sum(-1)
-        whole = probs if len(edges) == 1 and softcap is None else None
-        ctx.save_for_backward(hidden, weight, state, token, normaliser, entropy, kept, whole)
-        ctx.settings = (temperature, softcap, chunk)
+    def forward(ctx, hidden, weight, state, token, temperature, softcap, kept, width):
+        normaliser = hidden.new_full((len(hidden),), float("-inf"))
+        moment = hidden.new_zeros(len(hidden))  # Σ p z over the blocks so far
+        for block in _blocks(weight, width):
+            logits = _logits(hidden, weight[block], temperature, softcap, kept, block)
+            joined = torch.logaddexp(normaliser, logits.logsumexp(-1))
+            shrink = (normaliser - joined).exp().nan_to_num(0.0)  # NaN where nothing was kept so far
+            probs = (logits - joined.nan_to_num(neginf=0.0)[:, None]).exp_()
+            moment = moment * shrink + probs.mul_(logits if kept is None else logits.masked_fill_(~kept[:, block], 0.0)).sum(-1)
+            normaliser = joined
+        chosen = (hidden[state] * weight[token]).sum(-1)
+        logp = _shape(chosen, temperature, softcap) - normaliser[state]
+        entropy = normaliser - moment
+        ctx.save_for_backward(hidden, weight, state, token, normaliser, entropy, kept, chosen)
+        ctx.settings = (temperature, softcap, width)
         return logp, entropy
 
     @staticmethod
     def backward(ctx, grad_logp, grad_entropy):
-        hidden, weight, state, token, normaliser, entropy, kept, whole = ctx.saved_tensors
-        temperature, softcap, chunk = ctx.settings
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        per_state = hidden.new_zeros(hidden.shape[0]).index_add_(0, state, grad_logp)
+        hidden, weight, state, token, normaliser, entropy, kept, chosen = ctx.saved_tensors
+        temperature, softcap, width = ctx.settings
+        per_state = hidden.new_zeros(len(hidden)).index_add_(0, state, grad_logp)
         with_entropy = bool(grad_entropy.any())
-        for start, chosen in _edges_by_chunk(state, hidden.shape[0], chunk):
-            stop = min(start + chunk, hidden.shape[0])
-            if whole is None:
-                logits = _logits(hidden[start:stop], weight, temperature, softcap, kept, start)
-                log_probs = logits - normaliser[start:stop, None]
-                probs = log_probs.exp()
+        grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
+        for block in _blocks(weight, width):
+            logits = _logits(hidden, weight[block], temperature, softcap, kept, block)
+            slope = _slope(logits * temperature, temperature, softcap)
+            grad = (logits - normaliser[:, None]).exp_()
+            if with_entropy:  # dH/dz = −p (log p + H)
+                log_probs = (logits - normaliser[:, None]).clamp_(min=-1e4)
+                grad *= -per_state[:, None] - grad_entropy[:, None] * log_probs.add_(entropy[:, None])
             else:
-                probs = whole
-            grad = probs * -per_state[start:stop, None]
-            if with_entropy:
-                log_probs = torch.where(probs > 0, probs, 1.0).log()
-                grad -= probs * (log_probs + entropy[start:stop, None]) * grad_entropy[start:stop, None]
-            grad.index_put_((state[chosen] - start, token[chosen]), grad_logp[chosen], accumulate=True)
-            if softcap is not None:
-                grad *= 1 - (logits * temperature / softcap).square().nan_to_num(posinf=0.0)
-            grad /= temperature
-            grad_hidden[start:stop] = product(grad, weight.T)
-            if grad_weight is not None:
-                grad_weight.addmm_(grad.T, hidden[start:stop])
+                grad *= -per_state[:, None]
+            grad *= slope
+            grad_hidden.addmm_(grad, weight[block])
+            torch.mm(grad.T, hidden, out=grad_weight[block])
+        edge = (grad_logp * _slope(_cap(chosen, softcap), temperature, softcap))[:, None]
+        grad_hidden.index_add_(0, state, edge * weight[token])
+        grad_weight.index_add_(0, token, edge * hidden[state])
         return grad_hidden, grad_weight, None, None, None, None, None, None
 
 
-def _edges_by_chunk(state: Tensor, states: int, chunk: int) -> list[tuple[int, Tensor | slice]]:
-    """For each chunk of states: its start, and the edges that begin in it."""
-    if states <= chunk:
-        return [(0, slice(None))]
-    order = torch.argsort(state, stable=True)
-    starts = torch.arange(0, states + chunk, chunk, device=state.device)
-    bounds = torch.searchsorted(state[order].contiguous(), starts).tolist()
-    return [(i * chunk, order[bounds[i] : bounds[i + 1]]) for i in range((states + chunk - 1) // chunk)]
+def _blocks(weight: Tensor, width: int) -> Iterator[slice]:
+    return (slice(start, min(start + width, len(weight))) for start in range(0, len(weight), width))
 
 
-def _logits(hidden, weight, temperature, softcap, kept, start):
-    logits = product(hidden, weight)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    if temperature != 1.0:
-        logits = logits / temperature
-    if kept is not None:
-        logits = logits.masked_fill(~kept[start : start + hidden.shape[0]], float("-inf"))
-    return logits
+def _cap(raw: Tensor, softcap: float | None) -> Tensor:
+    return raw if softcap is None else softcap * torch.tanh(raw / softcap)
+
+
+def _shape(raw: Tensor, temperature: float, softcap: float | None) -> Tensor:
+    """Raw products → logits of the distribution that is sampled from."""
+    capped = _cap(raw, softcap)
+    return capped if temperature == 1.0 else capped / temperature
+
+
+def _slope(capped: Tensor, temperature: float, softcap: float | None) -> Tensor | float:
+    """Derivative of `_shape`, from the capped product."""
+    return (
+        1 / temperature if softcap is None else (1 - (capped / softcap).square()).nan_to_num(posinf=0.0, neginf=0.0) / temperature
+    )
+
+
+def _logits(hidden, weight, temperature, softcap, kept, block):
+    logits = _shape(hidden @ weight.T, temperature, softcap)
+    return logits if kept is None else logits.masked_fill_(~kept[:, block], float("-inf"))
 
 
 def token_logp(
@@ -99,7 +97,7 @@ def token_logp(
     temperature: float = 1.0,
     softcap: float | None = None,
     kept: Bool[Tensor, "N V"] | None = None,
-    chunk_numbers: int = CHUNK_NUMBERS,
+    block_numbers: int = BLOCK_NUMBERS,
 ) -> tuple[Float[Tensor, " E"], Float[Tensor, " N"]]:
     """Log-probability, in nats, of `token[e]` after `hidden[state[e]]`, and the entropy, in nats, of every state's distribution.
 
@@ -107,9 +105,10 @@ def token_logp(
 
     Args:
         state: which hidden state each edge leaves; several edges may leave one state.
+        token: must be kept where `kept` is given.
         softcap: of the model's final logits (Gemma); None for none.
         kept: tokens that truncated sampling left; the others have probability 0.
-        chunk_numbers: logits held at once. Memory is of this order whatever N·V is.
+        block_numbers: logits held at once. Memory is of this order whatever N·V is.
     """
-    chunk = max(1, chunk_numbers // weight.shape[0])
-    return _ChunkedHead.apply(hidden, weight, state, token, temperature, softcap, kept, chunk)
+    width = max(1, block_numbers // len(hidden))
+    return _BlockedHead.apply(hidden, weight, state, token, temperature, softcap, kept, width)
