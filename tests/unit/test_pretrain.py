@@ -180,7 +180,8 @@ def test_a_bundled_model_is_what_its_card_says(name):
     written = json.loads((ASSETS / name / "generation_config.json").read_text())
     assert written.keys() <= {"eos_token_id", "pad_token_id", "transformers_version"}  # nothing that shapes sampling
     assert json.loads((ASSETS / name / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
-    assert f"{report['parameters']:,}" in (ASSETS / name / "README.md").read_text()
+    card = (ASSETS / name / "README.md").read_text()
+    assert f"{report['parameters']:,}" in card and ("8 experts of 96" in card) == (report["size"] == "moe")
 
 
 @pytest.mark.parametrize("name", BUNDLED)

@@ -211,17 +211,21 @@ def save(model, folder: Path, report: dict[str, Any]) -> None:
     with quiet():
         model.save_pretrained(folder)
     character_tokenizer().save_pretrained(folder)
-    _name_tokenizer_plainly(folder / "tokenizer_config.json")
+    _name_plainly(folder)
     for file in folder.iterdir():
         file.chmod(0o644)
     (folder / "pretrain.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
-def _name_tokenizer_plainly(file: Path) -> None:
-    """Write the class name that every version of transformers knows, for engines that bring an older one."""
-    written = json.loads(file.read_text())
+def _name_plainly(folder: Path) -> None:
+    """Write the names that every version of transformers knows, for engines that bring an older one."""
+    tokenizer, config = folder / "tokenizer_config.json", folder / "config.json"
+    written = json.loads(tokenizer.read_text())
     written.pop("backend", None)
-    file.write_text(json.dumps({**written, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
+    tokenizer.write_text(json.dumps({**written, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
+    shape = json.loads(config.read_text())
+    if "num_local_experts" in shape:
+        config.write_text(json.dumps({**shape, "num_experts": shape["num_local_experts"]}, indent=2) + "\n")
 
 
 def _empty(folder: Path) -> Path:
