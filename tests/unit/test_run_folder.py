@@ -131,6 +131,12 @@ def test_no_room_leaves_whole_lines_and_old_files(folder):
     assert {path.name: path.read_bytes() for path in folder.path.iterdir()} == before
 
 
+def test_no_room_for_a_new_run_leaves_no_folder(tmp_path):
+    with pytest.raises(KeelError, match="no room on the disk for the run folder"), files_of_at_most(100):
+        RunFolder.create(RunConfig(out=str(tmp_path / "run")), {})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_small_file_is_replaced_at_once(tmp_path):
     write_atomically(tmp_path / "latest", "a")
     write_atomically(tmp_path / "latest", "b")

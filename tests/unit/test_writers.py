@@ -11,7 +11,7 @@ from rich.console import Console
 from keel.errors import KeelError
 from keel.files import read_jsonl
 from keel.progress import LiveLine, PlainLines, Silent, display
-from keel.writers import WRITERS, JsonlWriter, NullWriter, open_writers
+from keel.writers import WRITERS, JsonlWriter, NullWriter, check_writers, open_writers
 
 
 def test_a_jsonl_writer_adds_a_line_a_step_at_once(tmp_path):
@@ -37,8 +37,9 @@ def test_an_unknown_writer_names_the_nearest(tmp_path):
 
 @pytest.mark.parametrize("name", [name for name in WRITERS if importlib.util.find_spec(name) is None])
 def test_a_missing_package_says_how_to_install_it(tmp_path, name):
-    with pytest.raises(KeelError, match=rf"pip install 'keel-rl\[{name}\]'"):
-        open_writers([name], tmp_path, {})
+    for refuse in (lambda: check_writers([name]), lambda: WRITERS[name](tmp_path, {}, 0)):
+        with pytest.raises(KeelError, match=rf"pip install 'keel-rl\[{name}\]'"):
+            refuse()
 
 
 def metrics(step: int) -> dict[str, float]:
