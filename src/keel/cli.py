@@ -151,6 +151,7 @@ def pretrain(arguments: list[str]) -> None:
     parser.add_argument("--out", required=True, help="the new folder")
     parser.add_argument("--json", action="store_true", help="print the report as JSON on stdout")
     options = parser.parse_args(arguments)
+    from keel.evaluate.card import write_card
     from keel.models.pretrain import pretrain as make
 
     def show(step: int, steps: int, loss: float) -> None:
@@ -159,6 +160,7 @@ def pretrain(arguments: list[str]) -> None:
 
     report = make(options.size, options.kind, options.seed, options.out, progress=show)
     report.pop("model")
+    report["pass@1"] = {task: round(numbers["pass@1"], 3) for task, numbers in write_card(options.out).items()}
     told = "\n".join(f"{name:<11} {value}" for name, value in report.items())
     print(json.dumps(report | {"out": options.out}) if options.json else f"{told}\nmodel       {options.out}")
 
