@@ -126,7 +126,7 @@ class LocalEngine:
     def _completions(self, prompts, group_size, tokens, logp, length, finished, kept) -> list[Completion]:
         ids, lengths, stops = tokens.tolist(), length.tolist(), finished.tolist()
         plain = [ids[r][: n - 1] if stop else ids[r][:n] for r, (n, stop) in enumerate(zip(lengths, stops, strict=True))]
-        texts = self.policy.tokenizer.batch_decode(plain, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        texts = _decode(self.policy.tokenizer, plain)
         return [
             Completion(
                 prompt_id=prompts[r // group_size].id,
@@ -141,6 +141,13 @@ class LocalEngine:
             )
             for r, (n, stop) in enumerate(zip(lengths, stops, strict=True))
         ]
+
+
+def _decode(tokenizer, ids: Sequence[Sequence[int]]) -> list[str]:
+    """Texts as they were written, special tokens and spaces included; straight from the fast tokenizer where there is one."""
+    if hasattr(tokenizer, "backend_tokenizer"):
+        return tokenizer.backend_tokenizer.decode_batch(ids, skip_special_tokens=False)
+    return tokenizer.batch_decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def _stack_kept(steps: Sequence[tuple[Tensor, Tensor]], rows: int, width: int) -> Tensor:
