@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-BLOCK_NUMBERS = 2**22  # logits of one block: 16 MB in fp32
+BLOCK_NUMBERS = 2**21  # logits of one block: 8 MB in fp32
 
 
 class _BlockedHead(torch.autograd.Function):
