@@ -47,6 +47,7 @@ class LocalEngine:
         """
         self._check_arrival(weights)
         base = self.policy.base
+        self.forward = None  # the old copy leaves before the new one is made: never two in memory
         if supports(base.config):
             self.forward = FusedForward(base.config, weights, base.model.rotary_emb.inv_freq)
         else:
