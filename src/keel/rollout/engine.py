@@ -16,7 +16,7 @@ from keel.models.checksum import check_arrival, checksum, fingerprints, tensor_h
 from keel.types import Completion, Prompt, Sampling
 
 __all__ = ["Engine", "Seed", "check_arrival", "check_completions", "checksum", "fingerprints", "tensor_hash"]
-LOGP_ROUNDING = 1e-6  # nats by which rounding may lift a log-probability above zero
+LOGP_ROUNDING = 1e-5  # nats by which rounding may lift a log-probability above zero
 
 
 @dataclass(frozen=True)
