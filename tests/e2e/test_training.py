@@ -95,7 +95,7 @@ def test_micro_batches_and_their_size_do_not_move_the_run():
         assert a["reward/mean"] == b["reward/mean"]
 
 
-def test_a_gradient_that_is_not_finite_skips_the_step_and_says_so(monkeypatch):
+def test_a_gradient_that_is_not_finite_skips_the_step_and_says_so():
     trainer = make_trainer()
     name, parameter = next(iter(trainer.parameters.items()))
     handle = parameter.register_hook(lambda grad: torch.full_like(grad, torch.nan))
