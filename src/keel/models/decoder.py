@@ -158,7 +158,7 @@ class Decoder:
         if not fast_products(self.trunk.embed_tokens.weight):
             return packing
         idle = (0, regular(len(packing)) - len(packing))
-        filled = {name: F.pad(getattr(packing, name), idle) for name in ("tokens", "positions", "place")}
+        filled = {name: F.pad(getattr(packing, name), idle) for name in ("tokens", "positions", "parent", "place")}
         return replace(packing, **filled)
 
     def _norm(self, norm: nn.Module, x: Tensor) -> Tensor:
