@@ -134,7 +134,7 @@ class Group:
 class StepCounts:
     """Denominators of one optimizer step, over all its micro-batches and all ranks; taken before anything is cut.
 
-    Only trained completions count: scorable ones that shaping did not filter out, and their trained tokens.
+    Tensors without dimensions, so that counting waits for no device and ranks can sum them. Only trained completions count: scorable ones that shaping did not filter out, and their trained tokens.
 
     Args:
         tokens, completions, prompts: totals.
@@ -144,16 +144,16 @@ class StepCounts:
         group_tokens, group_completions: [P] trained tokens and completions of each group, indexed by group id.
     """
 
-    tokens: int
-    completions: int
-    prompts: int
-    positive_tokens: int
-    negative_tokens: int
+    tokens: Int[Tensor, ""]
+    completions: Int[Tensor, ""]
+    prompts: Int[Tensor, ""]
+    positive_tokens: Int[Tensor, ""]
+    negative_tokens: Int[Tensor, ""]
     max_tokens: int
-    positive_completions: int = 0
-    negative_completions: int = 0
-    group_tokens: Int[Tensor, " P"] | None = None
-    group_completions: Int[Tensor, " P"] | None = None
+    positive_completions: Int[Tensor, ""]
+    negative_completions: Int[Tensor, ""]
+    group_tokens: Int[Tensor, " P"]
+    group_completions: Int[Tensor, " P"]
 
 
 @dataclass(frozen=True)

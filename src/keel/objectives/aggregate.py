@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -32,7 +31,7 @@ def token_mean(loss: Float[Tensor, "B T"], prepared: Prepared, counts: StepCount
     Source: DAPO, arXiv 2503.14476, its code (its formula is `group_token_mean`). Differs from it: the step, not the
     micro-batch.
     """
-    return keep(loss, prepared.mask).sum() / max(1, counts.tokens)
+    return keep(loss, prepared.mask).sum() / counts.tokens.clamp(min=1)
 
 
 def group_token_mean(loss: Float[Tensor, "B T"], prepared: Prepared, counts: StepCounts) -> Float[Tensor, ""]:
@@ -43,7 +42,7 @@ def group_token_mean(loss: Float[Tensor, "B T"], prepared: Prepared, counts: Ste
     Source: DAPO, arXiv 2503.14476, eq. 8; "prompt average" of ScaleRL, arXiv 2510.13786. Differs from it: in nothing.
     """
     of_group = counts.group_tokens[prepared.group].clamp(min=1)
-    return (keep(loss, prepared.mask).sum(1) / of_group).sum() / max(1, counts.prompts)
+    return (keep(loss, prepared.mask).sum(1) / of_group).sum() / counts.prompts.clamp(min=1)
 
 
 def sequence_mean(loss: Float[Tensor, "B T"], prepared: Prepared, counts: StepCounts) -> Float[Tensor, ""]:
@@ -53,7 +52,7 @@ def sequence_mean(loss: Float[Tensor, "B T"], prepared: Prepared, counts: StepCo
 
     Source: GRPO, arXiv 2402.03300, eq. 3. Differs from it: over all completions of the step, the same for full groups.
     """
-    return _own_means(loss, prepared).sum() / max(1, counts.completions)
+    return _own_means(loss, prepared).sum() / counts.completions.clamp(min=1)
 
 
 def prompt_mean(loss: Float[Tensor, "B T"], prepared: Prepared, counts: StepCounts) -> Float[Tensor, ""]:
@@ -65,7 +64,7 @@ def prompt_mean(loss: Float[Tensor, "B T"], prepared: Prepared, counts: StepCoun
     Source: GRPO, arXiv 2402.03300, eq. 3, taken literally for each prompt. Differs from it: in nothing.
     """
     of_group = counts.group_completions[prepared.group].clamp(min=1)
-    return (_own_means(loss, prepared) / of_group).sum() / max(1, counts.prompts)
+    return (_own_means(loss, prepared) / of_group).sum() / counts.prompts.clamp(min=1)
 
 
 def constant_length_mean(loss: Float[Tensor, "B T"], prepared: Prepared, counts: StepCounts) -> Float[Tensor, ""]:
@@ -75,7 +74,7 @@ def constant_length_mean(loss: Float[Tensor, "B T"], prepared: Prepared, counts:
 
     Source: Dr. GRPO, arXiv 2503.20783, §3.2 and its listing. Differs from it: in nothing.
     """
-    return keep(loss, prepared.mask).sum() / (max(1, counts.completions) * counts.max_tokens)
+    return keep(loss, prepared.mask).sum() / (counts.completions.clamp(min=1) * counts.max_tokens)
 
 
 def balanced_mean(loss: Float[Tensor, "B T"], prepared: Prepared, counts: StepCounts) -> Float[Tensor, ""]:
@@ -90,9 +89,9 @@ def balanced_mean(loss: Float[Tensor, "B T"], prepared: Prepared, counts: StepCo
     """
     of_completion = keep(loss, prepared.mask).sum(1)
     side = completion_sign(prepared)
-    positive = keep(of_completion, side > 0).sum() * (counts.positive_completions / max(1, counts.positive_tokens))
-    negative = keep(of_completion, side < 0).sum() * (counts.negative_completions / max(1, counts.negative_tokens))
-    return (positive + negative) / max(1, counts.positive_completions + counts.negative_completions)
+    positive = keep(of_completion, side > 0).sum() * counts.positive_completions / counts.positive_tokens.clamp(min=1)
+    negative = keep(of_completion, side < 0).sum() * counts.negative_completions / counts.negative_tokens.clamp(min=1)
+    return (positive + negative) / (counts.positive_completions + counts.negative_completions).clamp(min=1)
 
 
 def completion_sign(prepared: Prepared) -> Float[Tensor, " B"]:
@@ -108,25 +107,15 @@ def count(prepared: Prepared, max_tokens: int) -> StepCounts:
     groups = int(prepared.group.max()) + 1
     group_tokens = tokens.new_zeros(groups).index_add(0, prepared.group, tokens)
     group_completions = tokens.new_zeros(groups).index_add(0, prepared.group, trained)
-    totals = (
-        tokens.sum(),
-        trained.sum(),
-        (group_tokens > 0).sum(),
-        (tokens * (side > 0)).sum(),
-        (tokens * (side < 0)).sum(),
-        (side > 0).sum(),
-        (side < 0).sum(),
-    )
-    total, completions, prompts, positive, negative, positives, negatives = torch.stack(totals).tolist()
     return StepCounts(
-        tokens=total,
-        completions=completions,
-        prompts=prompts,
-        positive_tokens=positive,
-        negative_tokens=negative,
+        tokens=tokens.sum(),
+        completions=trained.sum(),
+        prompts=(group_tokens > 0).sum(),
+        positive_tokens=(tokens * (side > 0)).sum(),
+        negative_tokens=(tokens * (side < 0)).sum(),
         max_tokens=max_tokens,
-        positive_completions=positives,
-        negative_completions=negatives,
+        positive_completions=(side > 0).sum(),
+        negative_completions=(side < 0).sum(),
         group_tokens=group_tokens,
         group_completions=group_completions,
     )
