@@ -256,8 +256,12 @@ def _cases() -> tuple[Case, ...]:
     mode, aggregate = actor + "policy_loss.loss_mode", actor + "loss_agg_mode"
     group = {"algorithm.adv_estimator": "grpo"}
     own_mean = {**group, aggregate: "seq-mean-token-mean"}
-    whole = {aggregate: "seq-mean-token-sum-norm", mode: "gpg", "data.max_response_length": MAX_TOKENS,
-             actor + "loss_scale_factor": MAX_TOKENS}
+    whole = {
+        aggregate: "seq-mean-token-sum-norm",
+        mode: "gpg",
+        "data.max_response_length": MAX_TOKENS,
+        actor + "loss_scale_factor": MAX_TOKENS,
+    }
     higher = {**group, actor + "clip_ratio_high": 0.28}
     normed = {"algo.advantage.estimator": "group_norm", "algo.kl.init_coef": 0.0}
     by_row = {**normed, "actor.loss_agg_mode": "seq-mean-token-mean"}
@@ -325,5 +329,3 @@ def _cases() -> tuple[Case, ...]:
 
 
 CASES = _cases()
-
-

@@ -185,3 +185,38 @@ OPENRLHF: dict[str, Any] = {
     "reward.overlong_penalty_factor": 1.0,
     "reward.stop_properly_penalty_coef": None,
 }
+
+# parts of verl's tree in which an unknown key is a mistake of someone who tunes the loss
+VERL_BRANCHES = ("algorithm.", "actor_rollout_ref.actor.")
+
+# what else verl knows there
+VERL_OTHERS = frozenset(
+    [f"algorithm.filter_groups.{name}" for name in ("max_num_gen_batches", "max_inflight_gen_batches")]
+    + [
+        f"actor_rollout_ref.actor.{name}"
+        for name in """
+        calculate_entropy calculate_sum_pi_squared checkpoint data_loader_seed entropy_checkpointing entropy_from_logits_chunk_size
+        entropy_from_logits_with_chunking freeze_vision_tower fsdp_config grad_clip megatron optim pad_to_length
+        ppo_infer_max_token_len_per_gpu ppo_infer_micro_batch_size_per_gpu ppo_max_token_len_per_gpu ppo_micro_batch_size
+        ppo_micro_batch_size_per_gpu profile profiler qat rollout_n router_replay shuffle strategy torchtitan
+        ulysses_sequence_parallel_size use_dynamic_bsz use_fused_kernels use_prefix_grouper use_remove_padding
+        use_rollout_log_probs use_torch_compile veomni
+        """.split()
+    ]
+)
+
+_MOVED_BUFFER = (
+    "reward_model.overlong_buffer is where verl's DAPO recipe read it; verl 0.9 reads reward.reward_kwargs.overlong_buffer_cfg. "
+    "It is taken as if it stood there."
+)
+
+# older places of knobs, and what to say about them
+VERL_MOVED: dict[str, tuple[str, str]] = {
+    "reward_model.reward_manager": ("reward.reward_manager.name", ""),
+    "reward_model.reward_kwargs.max_resp_len": ("reward.reward_kwargs.max_resp_len", ""),
+    **{
+        f"reward_model.{old}.{name}": (f"reward.reward_kwargs.overlong_buffer_cfg.{name}", remark)
+        for old, remark in (("overlong_buffer", _MOVED_BUFFER), ("reward_kwargs.overlong_buffer_cfg", ""))
+        for name in ("enable", "len", "penalty_factor", "log")
+    },
+}

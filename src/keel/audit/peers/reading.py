@@ -11,6 +11,7 @@ from keel.objectives.objective import Objective
 
 ON_POLICY = "one update a batch: the ratio is 1, so nothing is clipped or gated"
 
+
 @dataclass(frozen=True)
 class Beyond:
     """A choice that keel does not have.
@@ -89,10 +90,9 @@ class Notes:
 
     def choose(self, knob: str, choices: Mapping[Any, Any], unknown: Iterable[str] = ()) -> Any:
         """What the knob's value stands for; None, with a note, for values that keel has no choice for."""
-        value = self.settings[knob]
-        if value in choices:
+        value, others = self.settings[knob], tuple(unknown)
+        if isinstance(value, str | bool) and value in choices:
             return choices[value]
-        others = tuple(unknown)
         if value not in others:
             known = [str(name) for name in (*choices, *others)]
             raise KeelError(f"{knob} is {value!r}; {nearest(str(value), known)}Expected one of: {', '.join(known)}.")

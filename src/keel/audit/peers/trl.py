@@ -70,7 +70,7 @@ class TrlLoss(PeerLoss):
             if name not in made:
                 return torch.full_like(rows.logp_old, otherwise)
             value = made[name].to(rows.logp_old.dtype).expand(len(order), made["completion_ids"].shape[1])
-            return torch.nn.functional.pad(value, (0, width - value.shape[1]), value=otherwise)[back]
+            return torch.nn.functional.pad(value, (0, width - value.shape[1]))[back]
 
         mask = restored("completion_mask", 0.0) * rows.mask
         advantage = made["advantages"].to(rows.logp_old.dtype)[back][:, None] * mask

@@ -137,7 +137,8 @@ def _note_denominators(notes: Notes, loss: str) -> None:
     if notes["use_adaptive_entropy"]:
         notes.unlike("use_adaptive_entropy", "the bonus is switched by the entropy of the last step")
     if notes["top_entropy_quantile"] < 1:
-        notes.unlike("top_entropy_quantile", f"only {notes['top_entropy_quantile']:.0%} of the tokens are trained, those of most entropy")
+        share = f"{notes['top_entropy_quantile']:.0%}"
+        notes.unlike("top_entropy_quantile", f"only {share} of the tokens are trained, those of most entropy")
 
 
 def _note_sampling(notes: Notes) -> None:
@@ -199,5 +200,3 @@ def _note_idle(notes: Notes, loss: str, updates: int) -> None:
 
 def _cap(notes: Notes) -> float:
     return notes["epsilon"] if notes["epsilon_high"] is None else notes["epsilon_high"]
-
-

@@ -66,6 +66,7 @@ def read_verl(given: Mapping[str, Any]) -> Reading:
         shaping=_shaping(notes),
         entropy_coef=float(notes[ACTOR + "entropy_coeff"]),
     )
+    _note_sampling(notes)
     _note_idle(notes, updates)
     dynamic = bool(notes["algorithm.filter_groups.enable"])
     return Reading(objective, _named(notes), dynamic, updates, tuple(notes.beyond), tuple(notes.idle), tuple(notes.warnings))
@@ -222,7 +223,7 @@ def _bounds(threshold: Any) -> list[float]:
     try:
         return [float(bound) for bound in str(threshold).split("_")]
     except ValueError as error:
-        raise KeelError(f"A threshold of rollout_correction is {threshold!r}. Expected a number, or two as \"0.5_5.0\".") from error
+        raise KeelError(f'A threshold of rollout_correction is {threshold!r}. Expected a number, or two as "0.5_5.0".') from error
 
 
 def _shaping(notes: Notes) -> tuple:
@@ -246,6 +247,13 @@ def _updates(notes: Notes) -> int:
             "smaller."
         )
     return max(1, -(-prompts // mini)) * notes[ACTOR + "ppo_epochs"]
+
+
+def _note_sampling(notes: Notes) -> None:
+    top_p, top_k = "actor_rollout_ref.rollout.top_p", "actor_rollout_ref.rollout.top_k"
+    for knob, cuts in ((top_p, notes[top_p] < 1), (top_k, notes[top_k] > 0)):
+        if cuts:
+            notes.unlike(knob, "completions are drawn from a truncated distribution, log-probabilities taken of the whole")
 
 
 def _note_idle(notes: Notes, updates: int) -> None:
