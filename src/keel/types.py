@@ -134,7 +134,8 @@ class Group:
 class StepCounts:
     """Denominators of one optimizer step, over all its micro-batches and all ranks; taken before anything is cut.
 
-    Tensors without dimensions, so that counting waits for no device and ranks can sum them. Only trained completions count: scorable ones that shaping did not filter out, and their trained tokens.
+    Tensors without dimensions, so that counting waits for no device and ranks can sum them. Only trained completions count:
+    scorable ones that shaping did not filter out, and their trained tokens.
 
     Args:
         tokens, completions, prompts: totals.
@@ -209,16 +210,25 @@ class Batch:
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement about an objective that can be checked by enumeration.
+    """A statement about the expected update of an objective, which enumeration can check.
 
     Args:
-        says: the relation to the truth: "unbiased", "scaled", "zero" or "biased".
-        truth: name of the gradient that is followed, for instance "J" or "reverse_kl".
-        conditions: under which it holds, for instance {"on_policy": True}.
-        tolerance: relative norm of the bias that still counts as none.
+        says: "unbiased", the update is the truth's gradient; "scaled", a multiple of it; "mixture", some combination of the
+            gradients of its terms; "zero", no update; "biased", not always a multiple of it: one world that shows it is enough.
+        truth: what is ascended, a sum of names that `keel.exact.truths` knows, for instance "J - 0.05 reverse_kl"; "0" is nothing.
+        conditions: knobs of the world under which it holds (`keel.exact.world.Setting`), for instance {"drift": 0.3}.
+        factor: of "scaled", its value by name, for instance "(G-1)/G"; "" is any positive one.
+        tolerance: relative norm of the bias that still counts as none; for "biased" the least that must be seen.
+        because: the reason, in a phrase, for those who read the certificate.
     """
 
-    says: Literal["unbiased", "scaled", "zero", "biased"]
-    truth: str
+    says: Literal["unbiased", "scaled", "mixture", "zero", "biased"]
+    truth: str = "0"
     conditions: Mapping[str, Any] = field(default_factory=dict)
+    factor: str = ""
     tolerance: float = 1e-10
+    because: str = ""
+
+    def __post_init__(self):
+        if self.says == "biased" and self.tolerance == 1e-10:
+            object.__setattr__(self, "tolerance", 1e-2)

@@ -80,9 +80,9 @@ def grade_by_group_std(world: World, theta: Tensor) -> Tensor:
 
     c_G(p) = E[k/G (1 − k/G) / (std_k + 1e-4)] / (p(1−p)), k ~ Bin(G, p), with the std's ddof 1; see `group_std_weight`.
     """
-    graded = (_chance(world, theta) * world.accepted).sum(1)
-    weight = [group_std_weight(float(p), world.setting.group_size) for p in graded.detach()]
-    return (graded * graded.new_tensor(weight)).mean()
+    present = (_chance(world, world.theta) * world.accepted).sum(1).tolist()
+    weight = theta.new_tensor([group_std_weight(p, world.setting.group_size) for p in present])
+    return ((_chance(world, theta) * world.accepted).sum(1) * weight).mean()
 
 
 def group_std_weight(p: float, group_size: int, ddof: int = 1, eps: float = 1e-4) -> float:

@@ -136,7 +136,7 @@ class Tree:
 Policy = Callable[[Float[Tensor, " D"]], Table]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class World:
     """Prompts, completions, four policies, a reward and a grader; everything about them is known.
 
@@ -278,7 +278,8 @@ def _nucleus(table: Table, top_p: float) -> Table:
 
 
 def _replaying(policy: Policy, kept: Bool[Tensor, "P K V"]) -> Policy:
-    return lambda theta: policy(theta).masked_fill(~kept, float("-inf")).log_softmax(-1)
+    impossible = -1e9  # finite, so that derivatives of what is never sampled are zero and not NaN
+    return lambda theta: policy(theta).masked_fill(~kept, impossible).log_softmax(-1)
 
 
 def _reward(setting: Setting, tree: Tree, real: Float[Tensor, "P N"]) -> Float[Tensor, "P N"]:

@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from keel.models.linear import apply_linear, fast_products, regular
+from keel.models.linear import apply_gated, apply_linear, fast_products, regular
 from keel.models.packing import Packing
 
+RECOMPUTED = {"use_reentrant": False, "preserve_rng_state": False}
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 
 
@@ -150,7 +152,7 @@ class Decoder:
                 chosen.append(index)
             else:
                 gate, up = apply_linear(layer.mlp.gate_proj, normed), apply_linear(layer.mlp.up_proj, normed)
-                x = x + apply_linear(layer.mlp.down_proj, F.silu(gate) * up)
+                x = x + apply_gated(layer.mlp.down_proj, gate, up)
         return self._norm(self.trunk.norm, x[:nodes]), torch.stack(chosen, 1)[:nodes] if chosen else None
 
     def _filled(self, packing: Packing) -> Packing:
@@ -169,4 +171,6 @@ class Decoder:
         q, k, v = (apply_linear(proj, x).view(len(x), -1, hd) for proj in (block.q_proj, block.k_proj, block.v_proj))
         if hasattr(block, "q_norm"):
             q, k = self._norm(block.q_norm, q), self._norm(block.k_norm, k)
-        return apply_linear(block.o_proj, forest_attention(rotate(q, *turn), rotate(k, *turn), v, packing))
+        return apply_linear(
+            block.o_proj, checkpoint(forest_attention, rotate(q, *turn), rotate(k, *turn), v, packing, **RECOMPUTED)
+        )

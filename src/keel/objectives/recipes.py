@@ -35,8 +35,16 @@ from keel.objectives.objective import Objective
 from keel.objectives.registry import RECIPES, Recipe, recipe, register
 from keel.objectives.shaping import SoftOverlong
 from keel.objectives.surrogates import Cispo, Clip, Gmpo, MiniRL, Reinforce, Sapo
+from keel.types import Claim
 
 __all__ = ["RECIPES", "Recipe", "recipe", "register"]
+
+_std_alone = Claim("unbiased", "J_group_std", {"max_tokens": 1}, because="one token, on-policy: only the group's std is left")
+_length_bias = Claim("biased", "J", {"max_tokens": 2}, because="tokens weigh by their completion's length, prompts by their std")
+_two_scales = Claim(
+    "mixture", "J + reverse_kl", {"max_tokens": 1, "prompts": 1, "vocabulary": 5}, because="one prompt, one token: two scales"
+)
+_stale_bias = Claim("biased", "J", {"drift": 0.4}, because="the weight is the token's, and the clip binds")
 
 
 solid = Recipe(
@@ -64,6 +72,13 @@ solid = Recipe(
         "aggregate": "Dr. GRPO, §3.2: no length bias",
     },
     notes="Unbiased for the expected reward, up to the constant 1/max_tokens. Everything else is measured against it.",
+    claims=(
+        Claim("unbiased", "J"),
+        Claim("unbiased", "J", {"reward": "real"}),
+        Claim("zero", conditions={"reward": "coin"}, because="a random reward teaches nothing"),
+        Claim("biased", "J", {"gap": 0.4}, because="nothing is done about an engine gap"),
+        Claim("biased", "J", {"drift": 0.4}, because="nothing is done about stale samples"),
+    ),
 )
 
 grpo = Recipe(
@@ -85,6 +100,12 @@ grpo = Recipe(
         "aggregate": "eq. 3: 1/G Σ 1/|o| Σ",
     },
     notes="One update per batch, as in §4.2: the clip is then idle.",
+    claims=(
+        Claim(
+            "unbiased", "J_group_std - 0.04 forward_kl", {"max_tokens": 1}, because="one token: the std is left, and k3 is forward"
+        ),
+        _length_bias,
+    ),
 )
 
 dapo = Recipe(
@@ -110,6 +131,7 @@ dapo = Recipe(
         "updates_per_batch": "§4.1: 16 gradient updates for each rollout step",
     },
     notes="The overlong filter of §3.4 (`OverlongFilter`) is the alternative to the punishment, and is not in its released script.",
+    claims=(Claim("scaled", "J_group_std", {"max_tokens": 1}, because="one token: the std is left"), _length_bias),
 )
 
 dr_grpo = Recipe(
@@ -122,6 +144,7 @@ dr_grpo = Recipe(
         "advantage.baseline": "§3.2: group mean",
         "surrogate": "its objective keeps PPO's clip, ε .2 in its code",
     },
+    claims=(Claim("scaled", "J", factor="(G-1)/G", because="a completion is 1/G of its own baseline"), _stale_bias),
 )
 
 rloo = Recipe(
@@ -132,6 +155,7 @@ rloo = Recipe(
     url="https://arxiv.org/abs/2402.14740",
     sources={"reward_kl": "β log(π/π_ref) of the whole completion taken off the reward; β .05 as in TRL"},
     notes="The paper sums log-probabilities over the completion; constant_length_mean is that sum up to the constant 1/max_tokens.",
+    claims=(Claim("unbiased", "J - 0.05 reverse_kl"),),
 )
 
 reinforce_pp = Recipe(
@@ -152,6 +176,10 @@ reinforce_pp = Recipe(
         "reward_kl": "token-level KL penalty, undiscounted returns; β .01 as in OpenRLHF",
         "aggregate": "token mean, as in OpenRLHF",
     },
+    claims=(
+        Claim("scaled", "J", {"max_tokens": 1, "prompts": 1, "ref": 0.0}, because="one prompt, one token, no KL: a scale only"),
+        Claim("biased", "J - 0.01 reverse_kl", because="whitening weighs by tokens, and reweights prompts"),
+    ),
 )
 
 reinforce_pp_baseline = Recipe(
@@ -173,6 +201,7 @@ reinforce_pp_baseline = Recipe(
         "aggregate": "token mean, as in OpenRLHF",
     },
     notes="The token-weighted mean of centred rewards is not zero: a group that is wrong throughout can get a positive advantage.",
+    claims=(_two_scales, _length_bias),
 )
 
 reinforce_pp_centred = replace(
@@ -203,6 +232,7 @@ lite_ppo = Recipe(
         "surrogate": "vanilla PPO loss; ε .2",
         "aggregate": "its combination: token-level loss",
     },
+    claims=(Claim("scaled", "J", {"max_tokens": 1, "prompts": 1}, because="one prompt, one token: a scale only"), _length_bias),
 )
 
 minirl = Recipe(
@@ -216,6 +246,11 @@ minirl = Recipe(
         "surrogate": "its MiniRL objective; ε .2 and .27, weights truncated at 5",
     },
     notes="For mixtures of experts the paper adds routing replay. It takes 1, 2, 4 or 8 updates a batch; here 1.",
+    claims=(
+        Claim("scaled", "J", factor="(G-1)/G", because="a completion is 1/G of its own baseline"),
+        Claim("scaled", "J", {"gap": 0.3, "max_tokens": 1, "prompts": 1}, because="one token: π_old/μ is the whole weight"),
+        _stale_bias,
+    ),
 )
 
 gspo = Recipe(
@@ -238,6 +273,7 @@ gspo = Recipe(
         "aggregate": "eq. 5: 1/G Σ over completions",
         "updates_per_batch": "§5.1: four minibatches",
     },
+    claims=(_std_alone, _length_bias),
 )
 
 gmpo = Recipe(
@@ -252,6 +288,7 @@ gmpo = Recipe(
         "surrogate": "its objective; clip (e^−.4, e^.4)",
         "aggregate": "its objective: 1/G Σ over completions",
     },
+    claims=(_std_alone, _length_bias),
 )
 
 cispo = Recipe(
@@ -268,6 +305,7 @@ cispo = Recipe(
         "aggregate": "eq. 4: one token mean; over the batch here",
         "updates_per_batch": "§3.1: 16 rounds of off-policy updates",
     },
+    claims=(_std_alone, _length_bias),
 )
 
 sapo = Recipe(
@@ -284,6 +322,7 @@ sapo = Recipe(
         "aggregate": "1/G Σ 1/|o| Σ",
         "updates_per_batch": "its comparison with GSPO: four minibatches",
     },
+    claims=(_std_alone, _length_bias),
 )
 
 tis = Recipe(
@@ -305,6 +344,7 @@ tis = Recipe(
         "aggregate": "its experiments run DAPO's objective",
     },
     notes="DAPO's dynamic sampling, punishment and 16 updates are left out, so that the correction stands alone.",
+    claims=(_std_alone, _length_bias),
 )
 
 icepop = Recipe(
@@ -325,6 +365,7 @@ icepop = Recipe(
         "corrections": "its masking function with α .5 and β 5; a masked token stays in the denominator",
         "aggregate": "as in GRPO: 1/G Σ 1/|o| Σ",
     },
+    claims=(_std_alone, _length_bias),
 )
 
 deepseek_v32 = Recipe(
@@ -349,6 +390,7 @@ deepseek_v32 = Recipe(
         "updates_per_batch": "several updates a batch; four is ours",
     },
     notes="The report also keeps the sampler's expert routing and its sampling mask.",
+    claims=(_two_scales, _length_bias),
 )
 
 decoupled = Recipe(
@@ -372,6 +414,7 @@ decoupled = Recipe(
         "updates_per_batch": "four minibatches, as in its configurations",
     },
     notes="logp_old is the proximal policy: the trainer just before this batch's updates, however old the sampling weights are.",
+    claims=(_std_alone, _length_bias),
 )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from keel.errors import KeelError, nearest
 from keel.objectives.objective import Objective
+from keel.types import Claim
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Recipe:
         url: of the paper.
         sources: choice → where the paper or code makes it, for every choice that differs from `solid`.
         notes: what the recipe leaves out, and what it does not settle.
+        claims: what its update is said to follow; `keel audit` checks each by enumeration.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Recipe:
     url: str = ""
     sources: Mapping[str, str] = field(default_factory=dict)
     notes: str = ""
+    claims: tuple[Claim, ...] = ()
 
     def __post_init__(self):
         if self.updates_per_batch < 1 or not self.name.isidentifier():

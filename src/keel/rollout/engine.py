@@ -40,7 +40,7 @@ class Seed:
 
 @runtime_checkable
 class Engine(Protocol):
-    """Something that completes prompts. Implement these four names, run `check_completions` on what you return, and
+    """Something that completes prompts. Implement these five names, run `check_completions` on what you return, and
     keel can drive it.
 
     `version` is the step number of the weights in use.
@@ -63,6 +63,10 @@ class Engine(Protocol):
         Raises:
             KeelError: a tensor did not arrive; it is named, and the old weights stay.
         """
+        ...
+
+    def sleep(self) -> None:
+        """Give back the memory of the weights in use: the next `load` brings others, and nothing is generated before it."""
         ...
 
     def describe(self) -> dict[str, Any]:

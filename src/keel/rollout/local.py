@@ -55,6 +55,10 @@ class LocalEngine:
         self.version = version
         return checksum(weights)
 
+    def sleep(self) -> None:
+        """Drop the copy of the weights: after an update it is stale, and training can use the memory."""
+        self.forward = None
+
     def _check_arrival(self, weights: Mapping[str, Tensor]) -> None:
         for name, shape in plain_shapes(self.policy.base).items():
             found = weights.get(name)
@@ -75,8 +79,10 @@ class LocalEngine:
         """`group_size` completions of each prompt, in prompt order.
 
         Raises:
-            KeelError: a prompt is empty, or prompt and cap exceed the model's context.
+            KeelError: the engine sleeps, a prompt is empty, or prompt and cap exceed the model's context.
         """
+        if self.forward is None:
+            raise KeelError(f"The engine sleeps since version {self.version}. Call `load` with the weights to sample from first.")
         for prompt in prompts:
             self._check_fits(prompt, sampling)
         at_once = max(1, self.max_branches // group_size)
@@ -120,6 +126,7 @@ class LocalEngine:
             parents, next_token = np.divmod(key, log_probs.shape[1])
             logits = self.forward.advance(parents, torch.from_numpy(next_token).to(logits.device))
             branch = torch.from_numpy(follows)
+        self.forward.finish()
         kept_all = _stack_kept(kept_steps, rows, int(length.max())) if kept_steps else None
         finished = torch.isin(tokens[torch.arange(rows), length - 1], ends)
         return self._completions(prompts, group_size, tokens, logp, length, finished, kept_all)

@@ -94,6 +94,9 @@ class ScriptedEngine:
         self.version = version
         return checksum({name: tensor for name, tensor in weights.items() if name not in lost})
 
+    def sleep(self) -> None:
+        """Nothing: it holds no weights of its own."""
+
     def describe(self) -> dict[str, Any]:
         """For the manifest."""
         faults = [f"{fault.kind}@{'*' if fault.step is None else fault.step}" for fault in self.faults]

@@ -1,8 +1,8 @@
 """How the local engine runs a model: one step of many branches at once, with their key–value caches.
 
-Both forms answer the same two calls. `start(prompts)` gives logits after each prompt; `advance(parents, tokens)` grows branch i
+Both forms answer the same three calls. `start(prompts)` gives logits after each prompt; `advance(parents, tokens)` grows branch i
 from branch `parents[i]` of the last call by one token, and gives the logits after it. Several branches may grow from one parent
-(siblings that drew different tokens), and a parent that nobody names is dropped.
+(siblings that drew different tokens), and a parent that nobody names is dropped. `finish()` frees the caches.
 """
 
 from __future__ import annotations
@@ -130,6 +130,10 @@ class FusedForward:
         back = torch.from_numpy(self.slot)
         return self.head(F.rms_norm(x, (x.shape[-1],), self.norm, self.shape.eps)[back])
 
+    def finish(self) -> None:
+        """Free the cache."""
+        del self.cache, self.bias, self.first, self.slot
+
     def _place(self, parents: np.ndarray) -> None:
         """Give every branch a slot below `len(parents)`, copying as few caches as there are new siblings and moved branches."""
         source = self.slot[parents]
@@ -191,6 +195,10 @@ class TransformersForward:
             self.attended = self.attended[index]
         self.attended = F.pad(self.attended, (0, 1), value=1)
         return self._run(tokens[:, None], self.attended.sum(-1, keepdim=True) - 1)
+
+    def finish(self) -> None:
+        """Free the cache."""
+        del self.cache, self.attended
 
     def _run(self, ids: Tensor, positions: Tensor) -> Tensor:
         out = self.model(

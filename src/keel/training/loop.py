@@ -111,6 +111,7 @@ def iterate(trainer: Trainer) -> Iterator[StepRecord]:
     while trainer.step < trainer.config.steps:
         start = time.perf_counter()
         collected = _rollout(trainer)
+        trainer.engine.sleep()
         rollout = _rollout_metrics(trainer, collected, time.perf_counter() - start)
         batch = _with_log_probabilities(trainer, batch_from_groups(collected.groups))
         prepared = trainer.objective.prepare(batch, trainer.sampling.max_completion_tokens)
