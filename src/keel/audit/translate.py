@@ -5,6 +5,7 @@ print(translate("trl", "grpo_config.yaml").text())
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,7 +167,7 @@ def _distance(a: Recipe, b: Recipe) -> float:
     of_a, of_b = choices(a), choices(b)
     apart = [(name, of_a.get(name, ""), of_b.get(name, "")) for name in {*of_a, *of_b} if of_a.get(name, "") != of_b.get(name, "")]
     habits = ("dynamic_sampling", "updates_per_batch", "entropy_coef")
-    return sum(0.25 if name in habits or one.split("(")[0] == other.split("(")[0] else 1.0 for name, one, other in apart)
+    return math.fsum(0.25 if name in habits or one.split("(")[0] == other.split("(")[0] else 1.0 for name, one, other in apart)
 
 
 def _section(title: str, lines: list[str]) -> list[str]:

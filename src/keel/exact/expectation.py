@@ -1,18 +1,19 @@
 """The expectation of a loss's own gradient, over every batch that could be sampled.
 
-A batch holds one group for each prompt. Groups are enumerated as multisets of outcomes (a completion and the reward it got), each with
-its multinomial probability: C(K + G − 1, G) of them for K outcomes and groups of G, instead of K^G tuples, to the power of the number
-of groups. The loss is the one that trains: `prepare`, `counts` and `loss` of the objective, cut into micro-batches, over all batches at
-once (`torch.vmap`).
+A batch holds one group for each prompt. Groups are enumerated as multisets of outcomes (a completion and the reward it got), each
+with its multinomial probability: C(K + G − 1, G) of them for K outcomes and groups of G, instead of K^G tuples, to the power of the
+number of groups. The loss is the one that trains: `prepare`, `counts` and `loss` of the objective, cut into micro-batches, over all
+batches at once (`torch.vmap`).
 
 The gradient comes out as the direction that an update takes, −∇loss, with 1 in place of the constant divisor `max_tokens`.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,9 +25,11 @@ from keel.objectives.signals import Prepared
 from keel.types import Batch, StepCounts
 
 LARGEST = 200_000  # batches that are enumerated at most
+LARGEST_ONE_BY_ONE = 5_000
 AT_ONCE = 2**18  # completions that pass through the loss together
 
 
+@runtime_checkable
 class Loss(Protocol):
     """What can be audited: an `Objective`, or anything that goes through the same three steps."""
 
@@ -142,8 +145,6 @@ def _refuse_large(setting: Setting, outcomes: list[int]) -> None:
     count = count_batches(setting, max(outcomes))
     if count <= LARGEST:
         return
-    from dataclasses import replace
-
     smaller = next(
         (
             (prompts, size)
@@ -157,14 +158,14 @@ def _refuse_large(setting: Setting, outcomes: list[int]) -> None:
         f"prompts={smaller[0]} with group_size={smaller[1]} fits" if smaller else "Take fewer tokens: vocabulary=2 or max_tokens=2"
     )
     raise KeelError(
-        f"{setting.prompts} groups of {setting.group_size} out of {max(outcomes)} outcomes make {count:,} batches. Expected at most "
-        f"{LARGEST:,}: (outcomes + group_size − 1 over group_size) to the power of prompts. {hint}."
+        f"{setting.prompts} groups of {setting.group_size} out of {max(outcomes)} outcomes make {count:,} batches. Expected "
+        f"at most {LARGEST:,}: (outcomes + group_size − 1 over group_size) to the power of prompts. {hint}."
     )
 
 
 def _multisets(rows: Int[Tensor, " K"], chance: Float[Tensor, " K"], size: int) -> tuple[Int[Tensor, "C G"], Float[Tensor, " C"]]:
     """Every multiset of `size` outcomes, and its multinomial probability."""
-    picked = torch.combinations(torch.arange(len(rows)), size, with_replacement=True).view(-1, size)
+    picked = torch.tensor(list(itertools.combinations_with_replacement(range(len(rows)), size)))
     times = torch.zeros(len(picked), len(rows), dtype=chance.dtype)
     times.scatter_add_(1, picked, torch.ones_like(picked, dtype=chance.dtype))
     orders = torch.lgamma(torch.tensor(size + 1.0, dtype=chance.dtype)) - torch.lgamma(times + 1).sum(1)
@@ -187,8 +188,23 @@ def token_gradients(
         shares = [loss.loss(logp[cut], entropy[cut], batch.rows(cut), prepared.rows(cut), counts) for cut in cuts if len(cut)]
         return torch.stack(shares).sum()
 
-    total = torch.vmap(of_batch)(rows, logp, entropy).sum()
+    total = _over_batches(of_batch, rows, logp, entropy).sum()
     return torch.autograd.grad(total, (logp, entropy), allow_unused=True, materialize_grads=True)
+
+
+def _over_batches(of_batch, rows: Tensor, *inputs: Tensor) -> Float[Tensor, " M"]:
+    """All batches at once; a loss that branches on its values is taken batch by batch, which is why there may be fewer."""
+    try:
+        return torch.vmap(of_batch)(rows, *inputs)
+    except RuntimeError as refused:
+        if "vmap" not in str(refused):
+            raise
+        if len(rows) > LARGEST_ONE_BY_ONE:
+            raise KeelError(
+                f"This loss branches on values, so {len(rows):,} batches would be taken one by one. Expected at most "
+                f"{LARGEST_ONE_BY_ONE:,} of them, or a loss of tensor operations alone (torch.where in place of if)."
+            ) from refused
+    return torch.stack([of_batch(*row) for row in zip(rows, *inputs, strict=True)])
 
 
 @dataclass(frozen=True)

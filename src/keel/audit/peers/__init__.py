@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from keel.audit.peers.defaults import OPENRLHF_VERSION, TRL_VERSION, VERL_VERSION
 from keel.audit.peers.loss import PeerLoss, loss_and_gradient
 from keel.audit.peers.openrlhf import OpenRlhfLoss
 from keel.audit.peers.source import installed, version
@@ -16,7 +15,7 @@ from keel.errors import KeelError, nearest
 __all__ = ["PEERS", "WRITTEN_FOR", "PeerLoss", "installed", "loss_and_gradient", "peer_loss", "version"]
 
 PEERS: dict[str, type[PeerLoss]] = {"trl": TrlLoss, "verl": VerlLoss, "openrlhf": OpenRlhfLoss}
-WRITTEN_FOR = {"trl": TRL_VERSION, "verl": VERL_VERSION, "openrlhf": OPENRLHF_VERSION}
+WRITTEN_FOR = {name: adapter.written_for for name, adapter in PEERS.items()}
 
 
 def peer_loss(peer: str, configuration: Mapping[str, Any] | None = None) -> PeerLoss:

@@ -10,6 +10,10 @@ from typing import Any
 from keel.audit.peers.defaults import TRL, TRL_OTHERS, TRL_SCRIPT, VERL, VERL_BRANCHES, VERL_MOVED, VERL_OTHERS
 from keel.errors import KeelError, nearest
 
+# knobs that are real numbers although their default is none
+REAL = ("delta", "epsilon_high", "off_policy_mask_threshold", "min_p", "vllm_importance_sampling_cap",
+        "vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min")  # fmt: skip
+
 Read = tuple[dict[str, Any], tuple["Unknown", ...], tuple[str, ...]]
 
 
@@ -98,7 +102,9 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def _typed(name: str, value: Any, default: Any) -> Any:
-    """YAML reads 1e-6 as a string, and frameworks read it as a number: so do we."""
+    """YAML reads 1e-6 as a string, and frameworks read it as a number: so do we. Thresholds may be two numbers, "0.5_5.0"."""
+    if ".rollout_correction." in name and name.endswith("_threshold"):
+        return value
     numeric = (isinstance(default, int | float) and not isinstance(default, bool)) or default is None
     if isinstance(value, str) and numeric:
         try:
@@ -110,6 +116,8 @@ def _typed(name: str, value: Any, default: Any) -> Any:
         return int(number) if number.is_integer() and isinstance(default, int) else number
     if numeric and default is not None and not isinstance(value, int | float | None):
         raise KeelError(f"{name} is {value!r}. Expected a number, such as its default {default}.")
+    if isinstance(value, int) and not isinstance(value, bool) and (isinstance(default, float) or name in REAL):
+        return float(value)
     if isinstance(default, bool) and name != "scale_rewards" and not isinstance(value, bool):
         raise KeelError(f"{name} is {value!r}. Expected true or false.")
     return value

@@ -6,14 +6,17 @@ Their code reads lists, calls `.item()` and loops over rows. Enumeration runs th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from keel.audit.peers.source import version
+from keel.errors import KeelError
 from keel.objectives.aggregate import count
 from keel.objectives.signals import Prepared
 from keel.types import Batch, StepCounts
@@ -83,8 +86,12 @@ class PeerLoss:
     """One framework's loss under one configuration. Subclasses run its code on `Rows`.
 
     Args:
+        peer, written_for: the framework, and the version of it that the adapter was written for.
         configuration: knobs that differ from the framework's defaults, by its own names (dotted for verl and OpenRLHF).
     """
+
+    peer: ClassVar[str]
+    written_for: ClassVar[str]
 
     configuration: Mapping[str, Any] = field(default_factory=dict)
 
@@ -100,7 +107,8 @@ class PeerLoss:
         """Its advantages and what else it computes over the whole batch."""
 
         def run(*tensors: Tensor) -> tuple[Tensor, ...]:
-            return tuple(part.to(batch.logp_rollout.dtype) for part in self.advantages(Rows(*tensors), max_tokens))
+            with self._version_told():
+                return tuple(part.to(batch.logp_rollout.dtype) for part in self.advantages(Rows(*tensors), max_tokens))
 
         advantage, mask, weight, old = _Values.apply(run, *Rows.of(batch).tensors())
         return PeerPrepared(advantage, mask > 0, batch.group, weight, old, len(batch))
@@ -117,7 +125,8 @@ class PeerLoss:
         def run(logp: Tensor, entropy: Tensor, *others: Tensor) -> Tensor:
             advantage, mask, group, weight, old, tokens, *rows = others
             cut = PeerPrepared(advantage, mask, group, weight, old, prepared.whole)
-            return self.step(logp, entropy, Rows(*rows), cut, tokens, counts.max_tokens)
+            with self._version_told():
+                return self.step(logp, entropy, Rows(*rows), cut, tokens, counts.max_tokens)
 
         own = (prepared.advantage, prepared.mask, prepared.group, prepared.weight, prepared.old, counts.tokens)
         zero = torch.zeros_like(logp)
@@ -129,6 +138,19 @@ class PeerLoss:
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "B T"]]:
         """Loss and its gradient w.r.t. `logp`, of a whole batch in so many micro-batches."""
         return loss_and_gradient(self, logp, batch, max_tokens, cuts)
+
+    @contextmanager
+    def _version_told(self) -> Iterator[None]:
+        """What another version wants of a stand-in is missing there: say that it is another version."""
+        try:
+            yield
+        except (AttributeError, TypeError, KeyError) as error:
+            if version(self.peer) == self.written_for:
+                raise
+            raise KeelError(
+                f"{self.peer} {version(self.peer)} is installed, and asks for what it did not before: {error}. Expected version "
+                f"{self.written_for}, for which its adapter was written; install that one."
+            ) from error
 
 
 def loss_and_gradient(

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from keel.audit.peers.defaults import OPENRLHF
+from keel.audit.peers.defaults import OPENRLHF, OPENRLHF_VERSION
 from keel.audit.peers.loss import PeerLoss, PeerPrepared, Rows
 from keel.audit.peers.source import run_source
 from keel.errors import KeelError, nearest
@@ -39,6 +39,9 @@ def modules() -> SimpleNamespace:
 @dataclass(frozen=True)
 class OpenRlhfLoss(PeerLoss):
     """OpenRLHF's loss under a configuration of dotted names (those of its arguments), of which only differences are given."""
+
+    peer: ClassVar[str] = "openrlhf"
+    written_for: ClassVar[str] = OPENRLHF_VERSION
 
     def __post_init__(self):
         for name in self.configuration:

@@ -11,12 +11,12 @@ from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from keel.audit.peers.defaults import TRL
+from keel.audit.peers.defaults import TRL, TRL_VERSION
 from keel.audit.peers.loss import PeerLoss, PeerPrepared, Rows
 from keel.audit.peers.source import folder
 from keel.errors import KeelError, nearest
@@ -40,6 +40,9 @@ class TrlLoss(PeerLoss):
 
     Groups are found by position, as TRL finds them; rows are put in order of their group first.
     """
+
+    peer: ClassVar[str] = "trl"
+    written_for: ClassVar[str] = TRL_VERSION
 
     def __post_init__(self):
         for name in self.configuration:

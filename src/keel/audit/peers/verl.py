@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from keel.audit.peers.defaults import VERL
+from keel.audit.peers.defaults import VERL, VERL_VERSION
 from keel.audit.peers.loss import PeerLoss, PeerPrepared, Rows
 from keel.audit.peers.source import run_source
 from keel.errors import KeelError, nearest
@@ -70,6 +70,9 @@ def _names(module: ModuleType, *names: str) -> dict[str, Any]:
 @dataclass(frozen=True)
 class VerlLoss(PeerLoss):
     """verl's loss under a configuration of dotted names, of which only what differs from the defaults is given."""
+
+    peer: ClassVar[str] = "verl"
+    written_for: ClassVar[str] = VERL_VERSION
 
     def __post_init__(self):
         for name in self.configuration:
