@@ -1,14 +1,15 @@
 """Norms, angles and variances of mean gradients from few samples, without the noise floor, each with its 95 % interval.
 
 The squared norm of a sample mean is the truth plus variance/n: with noisy gradients mostly the latter. Here every product of two
-means is taken over pairs of *different* samples (a U-statistic), which leaves no such floor. A statistic is a tensor [1 + n]: its value,
-then its values with each sample left out; arithmetic on statistics is arithmetic on these tensors.
+means is taken over pairs of *different* samples (a U-statistic), which leaves no such floor. A statistic is a tensor [1 + n]: its
+value, then its values with each sample left out; arithmetic on statistics is arithmetic on these tensors.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -41,8 +42,24 @@ class Estimate:
     def enough(self) -> bool:
         return self.more == 0
 
+    def through(self, rising: Callable[[float], float]) -> Estimate:
+        """The estimate of a rising function of the number."""
+        return replace(self, value=rising(self.value), low=rising(self.low), high=rising(self.high))
+
+    def wanted(self, unit: int = 1) -> str:
+        """How many more samples it would take, in words; `unit` is what one sample counts for."""
+        guess = self.more * unit
+        digits = max(0, len(str(guess)) - 2)
+        capped = self.more >= self.samples * (FARTHEST - 1)
+        return f"{'at least' if capped else 'about'} {-(-guess // 10**digits) * 10**digits:,} more"
+
     def __str__(self) -> str:
         return f"{_short(self.value)} ({_short(self.low)} – {_short(self.high)})"
+
+
+def exactly(value: float, samples: int) -> Estimate:
+    """A number that no sample can change; NaN for one that does not exist."""
+    return Estimate(value, value, value, samples)
 
 
 def product(a: Samples, b: Samples) -> Statistic:
@@ -65,25 +82,33 @@ def spread(a: Samples) -> Statistic:
     return mean(a.square().sum(1)) - product(a, a)
 
 
-def signed_square(x: Tensor) -> Tensor:
-    """x·|x|, of which `ratio(…, root=True)` takes the root again."""
-    return x * x.abs()
+def multiple(a: Samples, b: Samples, tolerance: float = 1e-4) -> float | None:
+    """The s for which a = s·b in every sample, up to rounding; None where there is none."""
+    size = float(b.square().sum())
+    scale = float((a * b).sum()) / size if size > 0 else 0.0
+    left = float((a - scale * b).square().sum())
+    return scale if scale and left <= tolerance**2 * float(a.square().sum()) else None
+
+
+def root(squared: Statistic) -> Statistic:
+    """The square root of a statistic that is a squared norm, and may have come out below zero."""
+    return squared.clamp(min=0.0).sqrt()
 
 
 def ratio(
     over: Statistic,
     under: Statistic,
     *,
-    root: bool = False,
+    sure: Sequence[Statistic] = (),
     within: tuple[float, float] = (-math.inf, math.inf),
     silent: tuple[float, float] = (-math.inf, math.inf),
 ) -> Estimate:
     """over / under with the interval of all r for which over − r·under is compatible with zero.
 
-    The interval is exact where the two are proportional sample by sample, and has no end where `under` is compatible with zero.
+    The interval is as wide as can be where `under`, or one of `sure`, is compatible with zero or less.
 
     Args:
-        root: give the signed square root of the ratio.
+        sure: statistics that must be above zero for the ratio to mean anything.
         within: the range of the result.
         silent: an interval that covers all of this says nothing.
 
@@ -91,17 +116,19 @@ def ratio(
     """
     x, y, cov = _pseudo_values(over, under)
     n, student = len(over) - 1, _student(len(over) - 2)
-    value = _within(_root(x / y) if root else x / y, within) if y > 0 else math.nan
-    ends = _fieller(x, y, student**2 * cov)
-    if ends is None:
-        low, high = within
-        reach = student * math.sqrt(float(cov[1, 1])) / y if y > 0 else FARTHEST
-        return Estimate(value, low, high, n, max(1, math.ceil(n * (min(reach**1.5, FARTHEST) - 1))))
-    low, high = (_within(_root(end) if root else end, within) for end in ends)
+    value = _within(x / y, within) if y > 0 else math.nan
+    reach = max(_reach(statistic, student) for statistic in (under, *sure))
+    if reach >= 1.0:
+        return Estimate(value, *within, n, _more(n, reach**1.5))
+    low, high = (_within(end, within) for end in _fieller(x, y, student**2 * cov))
     if low > silent[0] or high < silent[1]:
         return Estimate(value, low, high, n)
-    wide = ((high - low) / (silent[1] - silent[0])) ** 2
-    return Estimate(value, low, high, n, max(1, math.ceil(n * (min(max(wide, 1.2), FARTHEST) - 1))))
+    return Estimate(value, low, high, n, _more(n, ((high - low) / (silent[1] - silent[0])) ** 2))
+
+
+def _more(samples: int, times: float) -> int:
+    """How many samples are missing, if so many times as many would do."""
+    return math.ceil(samples * (min(max(times, 1.2), FARTHEST) - 1.0))
 
 
 def _pseudo_values(over: Statistic, under: Statistic) -> tuple[float, float, Float[Tensor, "2 2"]]:
@@ -113,11 +140,15 @@ def _pseudo_values(over: Statistic, under: Statistic) -> tuple[float, float, Flo
     return x, y, torch.cov(pseudo) / n
 
 
-def _fieller(x: float, y: float, cov: Float[Tensor, "2 2"]) -> tuple[float, float] | None:
-    """Both r with (x − r y)² = cov_xx − 2 r cov_xy + r² cov_yy; None where `y` is within its own error of zero."""
+def _reach(statistic: Statistic, student: float) -> float:
+    """Half the interval of a statistic relative to its value; below 1 it is surely above zero."""
+    value, _, cov = _pseudo_values(statistic, statistic)
+    return student * math.sqrt(float(cov[0, 0])) / value if value > 0 else math.inf
+
+
+def _fieller(x: float, y: float, cov: Float[Tensor, "2 2"]) -> tuple[float, float]:
+    """Both r with (x − r y)² = cov_xx − 2 r cov_xy + r² cov_yy, for y² > cov_yy."""
     a, b, c = y * y - float(cov[1, 1]), x * y - float(cov[0, 1]), x * x - float(cov[0, 0])
-    if a <= 0.0 or y <= 0.0:
-        return None
     half = math.sqrt(max(0.0, b * b - a * c))
     return (b - half) / a, (b + half) / a
 
@@ -128,13 +159,9 @@ def _student(freedom: int) -> float:
     return float(t.ppf(0.975, freedom))
 
 
-def _root(x: float) -> float:
-    return math.copysign(math.sqrt(abs(x)), x)
-
-
 def _within(x: float, bounds: tuple[float, float]) -> float:
     return min(max(x, bounds[0]), bounds[1])
 
 
 def _short(x: float) -> str:
-    return "-" if math.isnan(x) else "∞" if x == math.inf else "−∞" if x == -math.inf else f"{x:.3g}"
+    return "-" if math.isnan(x) else "∞" if x == math.inf else "−∞" if x == -math.inf else f"{x:.3g}".replace("-", "−")
