@@ -122,6 +122,16 @@ def test_trls_kl_ratio_leaves_the_engine_gap_out():
     assert max(errors(theirs, read_as(case), gap=False)) < TOLERANCE  # … and none of it without a gap
 
 
+@needs("trl")
+def test_trls_off_policy_mask_looks_at_the_engine_where_there_is_one():
+    knobs = {"num_iterations": 2, "loss_type": "grpo", "off_policy_mask_threshold": 0.05, "use_vllm": True,
+             "vllm_importance_sampling_correction": False}  # fmt: skip
+    ours = read_as(Case("trl", "grpo", knobs))
+    trainers = vary(ours, {"corrections.off_policy_mask.against_sampler": False})
+    assert max(errors(peer_loss("trl", knobs), ours, gap=True)) < TOLERANCE
+    assert max(errors(trainers, ours, gap=True)) > 0.01
+
+
 @dataclass(frozen=True)
 class BesselWhitening(TokenWhitening):
     """Whitening by the sample variance, as verl does."""

@@ -73,6 +73,12 @@ def test_a_trl_file_that_is_a_recipe_is_that_recipe(told):
     assert translation.text().endswith(f"with the defaults of trl {TRL_VERSION}, is keel's dr_grpo.")
 
 
+def test_a_recipe_with_something_beyond_keels_choices_is_not_exact(told):
+    translation = told("trl", "loss_type: dr_grpo\nscale_rewards: none\ntop_p: 0.9\n")
+    assert (translation.recipe, translation.exact, translation.overlay) == ("dr_grpo", False, {})
+    assert "is keel's dr_grpo, but for what keel has no choice for." in translation.text()
+
+
 def test_an_empty_trl_file_is_trls_default_and_named_after_dapo(told):
     translation = told("trl", "")
     assert (translation.recipe, translation.named_after, translation.updates_per_batch) == ("lite_ppo", "dapo", 1)
