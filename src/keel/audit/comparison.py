@@ -205,8 +205,9 @@ class MonteCarlo:
         return "\n\n".join(parts)
 
     def as_json(self) -> dict[str, Any]:
-        """{"sampled": …, "estimates": [record, …]}, a record for each number."""
-        return {"sampled": asdict(self.sampled), "estimates": self.records()}
+        """{"sampled": …, "live_steps": {objective: share of steps with a gradient}, "estimates": [record, …]}."""
+        live = {name: own.live for name, own in self.alone.items()}
+        return {"sampled": asdict(self.sampled), "live_steps": live, "estimates": self.records()}
 
     def records(self) -> list[dict[str, Any]]:
         """One record for each number: whose it is, the number, its interval, the groups behind it, and how many more are wanted."""

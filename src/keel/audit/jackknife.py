@@ -54,6 +54,10 @@ class Estimate:
         return f"{'at least' if capped else 'about'} {-(-guess // 10**digits) * 10**digits:,} more"
 
     def __str__(self) -> str:
+        if math.isnan(self.low):
+            return "-"
+        if self.low == self.high:
+            return f"{_short(self.value)} exactly"
         return f"{_short(self.value)} ({_short(self.low)} – {_short(self.high)})"
 
 

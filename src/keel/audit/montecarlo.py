@@ -225,7 +225,7 @@ class _Stepper:
                 for name, objective in self.objectives.items()
             }
             for name, gradient in self._backward(seen, slopes):
-                total[name] -= self.project(gradient)
+                total[name] -= _finite(name, gradient, self.project(gradient))
         return total
 
     def _known_before(self, batch: Batch, cuts: Sequence[Tensor]) -> Batch:
@@ -254,13 +254,17 @@ class _Stepper:
                 materialize_grads=True,
             )
             named = dict(zip(parameters, gradient, strict=True))
-            culprit = next((key for key, g in named.items() if not bool(g.isfinite().all())), None)
-            if culprit is not None:
-                raise KeelError(
-                    f"{name!r}: its gradient of {culprit!r} is not finite. Expected finite numbers; look for an overflowing ratio "
-                    "or a division by zero in the loss."
-                )
             yield name, named
+
+
+def _finite(name: str, gradient: Mapping[str, Tensor], projected: Float[Tensor, " size"]) -> Float[Tensor, " size"]:
+    if not bool(projected.isfinite().all()):
+        culprit = next(key for key, g in gradient.items() if not bool(g.isfinite().all()))
+        raise KeelError(
+            f"{name!r}: its gradient of {culprit!r} is not finite. Expected finite numbers; look for an overflowing ratio or a "
+            "division by zero in the loss."
+        )
+    return projected
 
 
 def _slopes(
