@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from keel.audit.whole import audit_everything
+from keel.audit.words import claims_markdown
 from keel.diagnostics import metrics_markdown
 from keel.objectives.papers import papers_markdown
 
-PAGES = {"papers.md": papers_markdown, "metrics.md": metrics_markdown}
+PAGES = {
+    "papers.md": papers_markdown,
+    "metrics.md": metrics_markdown,
+    "claims.md": lambda: claims_markdown(audit_everything()),
+}
 
 if __name__ == "__main__":
     for name, markdown in PAGES.items():

@@ -1,4 +1,4 @@
-"""The command line: `keel train | eval | pretrain | papers | export`. Every setting is a flag by its dotted name.
+"""The command line: `keel train | eval | pretrain | papers | audit | export`. Every setting is a flag by its dotted name.
 
 What is imported at the top is light, so that help and mistakes answer at once; each command imports what it needs.
 """
@@ -21,7 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit code: 0; 2 for a mistake, told in one paragraph on stderr; 130 after Ctrl-C.
+        The exit code: 0; 1 when something that was checked does not hold; 2 for a mistake, told in one paragraph on stderr; 130
+        after Ctrl-C.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -50,8 +51,7 @@ def _dispatch(arguments: list[str]) -> int:
         raise KeelError(f"There is no command {name!r}. {hint}Expected one of: {', '.join(COMMANDS)}. See `keel --help`.")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # so that plugins and recipes of one's own are found
-    COMMANDS[name](rest)
-    return 0
+    return COMMANDS[name](rest) or 0
 
 
 # ── train ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -231,6 +231,30 @@ def _print_difference(found: Sequence[Any], a: str, b: str) -> None:
     print("" if found else f"{a} and {b} choose the same.")
 
 
+# ── audit ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def audit(arguments: list[str]) -> int:
+    """say what an objective's gradient really follows, by enumeration: keel audit; keel audit dapo; keel audit my.py:loss"""
+    parser = _parser("audit", audit)
+    parser.add_argument("objective", nargs="?", help="a recipe, an estimator, or module:function (default: all that keel ships)")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two of them, side by side in the same worlds")
+    parser.add_argument("--world", nargs="+", default=[], metavar="KNOB=VALUE", help="drift=0.3 gap=0.1 group_size=4 prompts=1 …")
+    parser.add_argument("--seed", type=int, default=0, help="of the first random world, or of the samples")
+    parser.add_argument("--model", help="ask a real policy by Monte Carlo instead: a model as `keel train` knows it")
+    parser.add_argument("--task", default="arithmetic:medium", help="with --model: what its prompts are (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=200, help="with --model: groups (default: %(default)s)")
+    parser.add_argument("--group-size", type=int, default=8, help="with --model: completions a group (default: %(default)s)")
+    parser.add_argument("--translate", nargs=2, metavar=("FRAMEWORK", "FILE"), help="read a TRL or verl configuration")
+    parser.add_argument("--peers", action="store_true", help="compare with the losses of the frameworks that are installed")
+    parser.add_argument("--json", action="store_true", help="print as JSON on stdout")
+    parser.add_argument("--markdown", action="store_true", help="print docs/claims.md")
+    options = parser.parse_args(arguments)
+    from keel.audit.command import run
+
+    return run(options)
+
+
 # ── export ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -250,11 +274,12 @@ def export(arguments: list[str]) -> None:
     print(write(trained_policy(folder, options.step), options.out or folder.path / "export"))
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {
+COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "train": train,
     "eval": evaluate,
     "pretrain": pretrain,
     "papers": papers,
+    "audit": audit,
     "export": export,
 }
 

@@ -11,16 +11,21 @@ SOURCE = Path(keel.__file__).parent
 FLOORS = [  # a room may import from its own floor and from those above it in this list
     {"errors", "types", "files"},
     {"objectives"},
-    {"diagnostics"},
+    {"diagnostics", "exact"},
     {"settings", "config"},
     {"tasks", "rewards", "models"},
     {"rollout"},
     {"training", "evaluate", "writers", "progress", "curves", "summary"},
     {"manifest", "run_folder"},
     {"run"},
+    {"audit"},
     {"cli", "__init__", "__main__"},
 ]
-KNOWS_ONLY = {"diagnostics": {"types", "objectives", "errors"}, "objectives": {"types", "errors"}}
+KNOWS_ONLY = {
+    "diagnostics": {"types", "objectives", "errors"},
+    "exact": {"types", "objectives", "errors"},
+    "objectives": {"types", "errors"},
+}
 
 
 def floor_of(room):

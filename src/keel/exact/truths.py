@@ -48,6 +48,14 @@ def reverse_kl_positions(world: World, theta: Tensor) -> Tensor:
     return _over_prefixes(world, (table.exp() * (table - world.ref)).sum(-1))
 
 
+def reverse_kl_prefixes(world: World, theta: Tensor) -> Tensor:
+    """Σ over lengths of the KL of the laws of prefixes that long, those that ended earlier left out: Σ p log(p/q) − p."""
+    table = world.policy(theta)
+    logp = world.tree.reach(table).log()[..., None] + table
+    ref = world.tree.reach(world.ref).log()[..., None] + world.ref
+    return (logp.exp() * (logp - ref - 1)).sum((1, 2)).mean()
+
+
 def forward_kl_positions(world: World, theta: Tensor) -> Tensor:
     """Σ over prefixes of P(prefix)·KL(π_ref‖π) of the next token, the law of prefixes held fixed."""
     return _over_prefixes(world, (world.ref.exp() * (world.ref - world.policy(theta))).sum(-1))
@@ -86,7 +94,9 @@ def grade_by_group_std(world: World, theta: Tensor) -> Tensor:
 
 
 def group_std_weight(p: float, group_size: int, ddof: int = 1, eps: float = 1e-4) -> float:
-    """c_G(p): by how much a division by the group's std scales the gradient of a prompt with pass rate p."""
+    """c_G(p): by how much a division by the group's std scales the gradient of a prompt with pass rate p; 0 at p = 0 and 1."""
+    if not 0 < p < 1:
+        return 0.0
     total = 0.0
     for k in range(1, group_size):
         spread = k / group_size * (1 - k / group_size)
@@ -104,6 +114,7 @@ TRUTHS: dict[str, Truth] = {
     "forward_kl": forward_kl,
     "reverse_kl_positions": reverse_kl_positions,
     "forward_kl_positions": forward_kl_positions,
+    "reverse_kl_prefixes": reverse_kl_prefixes,
     "entropy": entropy,
     "entropy_positions": entropy_positions,
     "length": length,
@@ -139,7 +150,7 @@ def numeric_gradient(world: World, expression: str, step: float = 1e-5) -> Float
     terms = parse(expression)
 
     def value(theta: Tensor) -> float:
-        return sum(coefficient * float(TRUTHS[name](world, theta)) for coefficient, name in terms)
+        return sum((coefficient * float(TRUTHS[name](world, theta)) for coefficient, name in terms), 0.0)
 
     shifts = step * torch.eye(len(world.theta), dtype=world.theta.dtype)
     return torch.tensor([(value(world.theta + s) - value(world.theta - s)) / (2 * step) for s in shifts], dtype=world.theta.dtype)

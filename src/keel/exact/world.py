@@ -7,10 +7,10 @@ may differ: `policy` (now, a function of the parameters), `old` (at the sampling
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -49,7 +49,7 @@ class Setting:
     max_tokens: int = 2
     prompts: int = 2
     group_size: int = 2
-    reward: Literal["answer", "real", "zero", "coin"] = "answer"
+    reward: str = "answer"
     drift: float = 0.0
     gap: float = 0.0
     ref: float = 0.7
@@ -58,7 +58,7 @@ class Setting:
     tpr: float = 1.0
     fpr: float = 0.0
     favours_long: float = 0.0
-    policy: Literal["table", "shared", "moe"] = "table"
+    policy: str = "table"
     live_only: bool = False
     cuts: int = 2
 
@@ -179,6 +179,16 @@ class World:
             ref=policy(old + setting.ref * ref),
             reward=_reward(setting, tree, reward),
         )
+
+    @classmethod
+    def of_pass_rates(cls, rates: Sequence[float], **knobs: Any) -> World:
+        """Prompts of these pass rates, each answered by one token, right or wrong."""
+        setting = Setting(vocabulary=2, max_tokens=1, prompts=len(rates), **knobs)
+        right = torch.tensor(rates, dtype=torch.float64).logit()
+        theta = torch.stack([torch.zeros_like(right), right], 1).flatten()
+        world = cls.random(setting, seed=0)
+        table = world.policy(theta)
+        return replace(world, theta=theta, theta_old=theta, sampler=table, ref=table)
 
     @cached_property
     def old(self) -> Table:

@@ -15,6 +15,7 @@ from keel.objectives.advantages import Advantage
 from keel.objectives.kl import LossKL, RewardKL, per_sequence
 from keel.objectives.objective import Objective
 from keel.objectives.registry import Recipe
+from keel.objectives.shaping import OverlongFilter, SoftOverlong
 from keel.types import Claim
 
 SILENT = {"reward": "zero"}
@@ -63,6 +64,10 @@ KL = (
     _of_kl(
         "k2_sequence_in_loss", "k2 of the completion in the loss", _loss_kl(kl.k2, level=per_sequence),
         _unbiased("-reverse_kl", "the completion's whole log-ratio times its score"),
+    ),
+    _of_kl(
+        "k2_prefix_in_loss", "k2 of each prefix in the loss", _loss_kl(kl.k2, level=kl.per_prefix),
+        _unbiased("-reverse_kl_prefixes", "each prefix's log-ratio times its score"),
     ),
     _of_kl(
         "k3_in_loss", "k3 per token in the loss", _loss_kl(kl.k3),
@@ -178,6 +183,12 @@ BASELINES = (
         _biased("J", "long completions weigh more in mean and std", **LONGER),
     ),
     _named(
+        "token_std", "centred, divided by the std over the tokens of the batch",
+        Objective(advantage=Advantage(advantages.group_mean, advantages.TokenStd())),
+        Claim("scaled", "J", {"prompts": 1, **ONE_TOKEN}, because="one prompt, one token: a scale only"),
+        _biased("J", "long completions weigh more in the std", **LONGER),
+    ),
+    _named(
         "dynamic_sampling", "groups without both right and wrong answers are drawn again", Objective(),
         Claim("scaled", "J", {"live_only": True}, because="dead groups had no gradient: fewer batches, the same direction"),
     ),
@@ -255,7 +266,8 @@ SURROGATES = (
     ),
     _named(
         "minirl", "weight π/μ under a clip mask on π/π_old", Objective(surrogate=surrogates.MiniRL()),
-        _unbiased("J", _IDLE_ON_POLICY), _unbiased("J", "one token: π_old/μ is the whole weight", **ONE_TOKEN, **GAP),
+        _unbiased("J", _IDLE_ON_POLICY),
+        _unbiased("J", "one token: π_old/μ is the whole weight, under its cap", **ONE_TOKEN, gap=0.2),
         _biased("J", "masked tokens give nothing", **LONGER, **DRIFT),
     ),
 )  # fmt: skip
@@ -280,7 +292,10 @@ CORRECTIONS = (
         _unbiased("J", "exact, at the price of variance", **BOTH),
     ),
     *(
-        _named(name, title, Objective(corrections=(part,)), _unbiased("J", "without a gap it is idle"), _biased("J", because, **GAP))
+        _named(
+            name, title, Objective(corrections=(part,)),
+            _unbiased("J", "without a gap it is idle"), _biased("J", because, **GAP),
+        )
         for name, title, part, because in (
             ("truncate_token", "token weight capped at 1.2", corrections.TruncateToken(cap=1.2), "the cap binds"),
             ("truncate_sequence", "completion weight capped at 1.2", corrections.TruncateSequence(cap=1.2), "the cap binds"),
@@ -289,11 +304,29 @@ CORRECTIONS = (
                 "mask_sequence", "completion weight, 0 above 1.2", corrections.MaskSequence(high=1.2),
                 "masked completions give nothing",
             ),
+            ("veto", "completions with a token weight under .8 dropped", corrections.Veto(0.8), "what is left is unfair"),
             (
-                "reject_geometric", "completions dropped whose mean weight leaves [.8, 1.25]", corrections.RejectGeometric(0.8, 1.25),
+                "reject_geometric", "completions dropped whose mean weight leaves [.8, 1.25]",
+                corrections.RejectGeometric(0.8, 1.25),
                 "what is left is not a fair sample",
             ),
         )
+    ),
+)  # fmt: skip
+
+SHAPING = (
+    _named(
+        "soft_overlong", "a punishment that grows with the length past a limit", Objective(shaping=(SoftOverlong(0.5),)),
+        _unbiased("J - length", "here it costs 1 a token after the first", **LONGER),
+    ),
+    _named(
+        "overlong_filter", "truncated completions give no loss", Objective(shaping=(OverlongFilter(),)),
+        _biased("J", "whether a completion is truncated depends on what it says", **LONGER),
+    ),
+    _named(
+        "off_policy_mask", "bad completions that left the policy give no loss",
+        Objective(corrections=(corrections.OffPolicyMask(),)),
+        _unbiased("J", "on-policy it is idle"), _biased("J", "bad ones are dropped, good ones are not", **DRIFT),
     ),
 )  # fmt: skip
 
@@ -337,6 +370,7 @@ FAMILIES: dict[str, tuple[Recipe, ...]] = {
     "aggregation": AGGREGATES,
     "ratio and surrogate": SURROGATES,
     "engine gap": CORRECTIONS,
+    "shaping and filters": SHAPING,
     "sampling": SAMPLING,
     "grader": GRADERS,
 }
