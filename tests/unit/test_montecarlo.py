@@ -197,6 +197,20 @@ def sampled(groups):
     return Sampled("m", "t", groups, 4, 1, 0, 0.5, 0.5, 3.0, 0.0, 0.0, 10, 5, 0.0)
 
 
+def test_one_sentence_for_each_verdict():
+    _, b = synthetic(0, noise=1.0, turn=1.0)
+    same, _ = synthetic(0, noise=0.1)
+    rows = {"turned": b, "same": same + 0.01 * same.flip(0), "alike": synthetic(0, noise=2.0, turn=0.0)[1]}
+    told = MonteCarlo(sampled(150), rows | {"b": same}, "b")
+    assert told.says("turned").startswith("turned is no multiple of b: after the best scale, 0.8")
+    assert told.says("same").startswith("same points where b points")
+    assert "shows no other direction" in told.says("alike")
+    unsure = MonteCarlo(sampled(150), {"a": synthetic(0, noise=40.0)[0], "b": b}, "b")
+    assert "too few samples to compare their directions; at least" in unsure.says("a")
+    flipped = MonteCarlo(sampled(150), {"a": -2 * b, "b": b}, "b")
+    assert flipped.says("a") == "a is -2 times b in every step: the opposite direction, the same noise."
+
+
 # ---- real policies ---------------------------------------------------------------------------------------------------
 
 

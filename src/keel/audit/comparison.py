@@ -231,10 +231,10 @@ class MonteCarlo:
         if not left.enough:
             wanted = left.wanted(self.sampled.groups_per_step)
             return f"{name} against {other}: too few samples to compare their directions; {wanted} groups{self._noise(pair)}."
-        if left.low > 0:
-            direction = f"is no multiple of {other}: after the best scale, {left} of it is left over; cosine {pair.cosine}"
-        elif left.high <= SAME:
+        if left.high <= SAME:
             direction = f"points where {other} points: at most {left.high:.2g} of it is left over after the best scale"
+        elif left.low > 0:
+            direction = f"is no multiple of {other}: after the best scale, {left} of it is left over; cosine {pair.cosine}"
         else:
             direction = f"shows no other direction than {other}: at most {left.high:.2g} of it is left over after the best scale"
         return f"{name} {direction}{self._noise(pair)}."

@@ -10,7 +10,9 @@ import copy
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -32,6 +34,7 @@ from keel.types import Batch, Completion, Group, Prompt, Sampling, StepCounts
 
 AUDIT = 2**31 + 1  # the step that audits draw under: never training's, never an evaluation's
 AT_ONCE = 64  # groups that are sampled, and held in memory, together
+SMALL = 5_000_000  # parameters below which a step is computed by one thread
 FEWEST = 8  # steps below which no interval means anything
 
 
@@ -79,25 +82,20 @@ def measure(
     stepper = _Stepper(policy, objectives, project, sampling, sampler, reference, micro_batch_tokens)
     kept: dict[str, list[Tensor]] = {name: [] for name in objectives}
     tally = _Tally()
-    for part in sample_groups(sampler or policy, task, sampling, seed, groups, group_size, groups_per_step):
-        for start in range(0, len(part), groups_per_step):
-            step = part[start : start + groups_per_step]
-            for name, gradient in stepper(step, tally).items():
-                kept[name].append(gradient)
-            tally.count(step)
-            display.show(tally.groups, {"reward/mean": tally.accuracy})
-    told = Sampled(
+    with _few_threads(project.parameters):
+        for part in sample_groups(sampler or policy, task, sampling, seed, groups, group_size, groups_per_step):
+            for start in range(0, len(part), groups_per_step):
+                step = part[start : start + groups_per_step]
+                for name, gradient in stepper(step, tally).items():
+                    kept[name].append(gradient)
+                tally.count(step)
+                display.show(tally.groups, {"reward/mean": tally.accuracy})
+    told = tally.told(
         model=policy.name,
         task=task.name,
-        groups=tally.groups,
         group_size=group_size,
         groups_per_step=groups_per_step,
         seed=seed,
-        accuracy=tally.accuracy,
-        live=tally.live / tally.groups,
-        length=tally.tokens / max(1, tally.completions),
-        staleness=tally.nats["staleness"] / max(1, tally.tokens),
-        from_reference=tally.nats["from_reference"] / max(1, tally.tokens),
         parameters=project.parameters,
         projection=project.size,
         projection_error=project.error,
@@ -189,6 +187,17 @@ def trained_on(policy: Policy, task: Task, steps: int, lr: float, sampling: Samp
     for _ in iterate(Trainer(twin, LocalEngine(twin), task, recipe("solid"), config)):
         pass
     return twin
+
+
+@contextmanager
+def _few_threads(parameters: int) -> Iterator[None]:
+    """One thread inside for a small model: steps on single groups are too short to share, and waiting for each other costs more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if parameters < SMALL else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _twin(policy: Policy) -> Policy:
@@ -336,6 +345,19 @@ class _Tally:
         for name, other in (("staleness", batch.logp_old), ("from_reference", batch.logp_ref)):
             if other is not None:
                 self.nats[name] += float(keep((logp - other).abs(), batch.mask).sum())
+
+    def told(self, **settings: Any) -> Sampled:
+        """What was sampled, under these settings."""
+        tokens = max(1, self.tokens)
+        return Sampled(
+            groups=self.groups,
+            accuracy=self.accuracy,
+            live=self.live / self.groups,
+            length=self.tokens / max(1, self.completions),
+            staleness=self.nats["staleness"] / tokens,
+            from_reference=self.nats["from_reference"] / tokens,
+            **settings,
+        )
 
 
 def _refuse(objectives: Mapping[str, Loss], against: str | None, groups: int, groups_per_step: int) -> str:
