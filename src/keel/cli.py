@@ -245,6 +245,10 @@ def audit(arguments: list[str]) -> int:
     parser.add_argument("--task", default="arithmetic:medium", help="with --model: what its prompts are (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=200, help="with --model: groups (default: %(default)s)")
     parser.add_argument("--group-size", type=int, default=8, help="with --model: completions a group (default: %(default)s)")
+    parser.add_argument(
+        "--drift", type=float, default=0.0, help="with --model: a random weight step before sampling, for KL questions"
+    )
+    parser.add_argument("--stale-steps", type=int, default=0, help="with --model: optimizer steps between sampling and gradient")
     parser.add_argument("--translate", nargs=2, metavar=("FRAMEWORK", "FILE"), help="read a TRL or verl configuration")
     parser.add_argument("--peers", action="store_true", help="compare with the losses of the frameworks that are installed")
     parser.add_argument("--json", action="store_true", help="print as JSON on stdout")

@@ -8,8 +8,8 @@ import torch
 
 from keel import cli
 from keel.audit.bare import BareLoss, faults_of
-from keel.audit.compare import compare
 from keel.audit.identify import identify
+from keel.audit.side_by_side import compare
 from keel.objectives.estimators import ESTIMATORS
 
 PLUGIN = """

@@ -13,8 +13,8 @@ import torch
 from keel.audit import words
 from keel.audit.bare import BareLoss, branches, faults_of, find_function
 from keel.audit.certificate import certify, judge
-from keel.audit.compare import compare
 from keel.audit.identify import identify
+from keel.audit.side_by_side import compare
 from keel.audit.whole import audit_everything
 from keel.errors import KeelError, nearest
 from keel.exact.expectation import Loss
@@ -158,19 +158,13 @@ def _peers(as_json: bool) -> int:
 
 def _on_a_model(options: argparse.Namespace) -> int:
     from keel.audit.montecarlo import audit_model
+    from keel.progress import display
 
-    names = options.compare or [options.objective or "solid"]
-    objectives = {}
-    for name in names:
-        subject = find(name)
-        if isinstance(subject, BareLoss):
-            raise KeelError(
-                f"{name}: on a model, expected recipes and estimators. A bare function is audited in the enumerated worlds."
-            )
-        objectives[name] = subject.objective
-    print(f"keel: {options.samples} groups of {options.group_size} from {options.model} ...", file=sys.stderr, flush=True)
+    subjects = {name: find(name) for name in options.compare or [options.objective or "solid"]}
+    objectives = {name: held if isinstance(held, BareLoss) else held.objective for name, held in subjects.items()}
     found = audit_model(
-        objectives, model=options.model, task=options.task, groups=options.samples, group_size=options.group_size, seed=options.seed
-    )
+        list(objectives), options.model, options.task, options.samples, options.group_size, options.seed,
+        objectives=objectives, drift=options.drift, stale_steps=options.stale_steps, display=display(sys.stderr, options.samples),
+    )  # fmt: skip
     print(json.dumps(found.as_json(), ensure_ascii=False) if options.json else found.text())
     return 0

@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from keel.audit.certificate import Certificate
-from keel.audit.compare import Comparison
 from keel.audit.facts import Fact
 from keel.audit.identify import Identity
 from keel.audit.orders import Order
+from keel.audit.side_by_side import Comparison
 from keel.audit.whole import Audit
 from keel.exact.truths import TRUTHS, parse
 
@@ -45,9 +45,8 @@ def truth_in_words(expression: str) -> str:
 def condition_words(certificate: Certificate) -> str:
     """The conditions of a claim in a few words."""
     conditions = certificate.claim.conditions
-    words = []
-    if conditions.get("max_tokens") == 1:
-        words.append("one token")
+    tokens = {1: ["one token"], 2: ["two tokens"]}
+    words = tokens.get(conditions.get("max_tokens"), [])
     words += [text for name, text in _CONDITIONS.items() if name in conditions for text in [text(conditions[name])] if text]
     off = {"drift", "gap", "top_p"} & set(conditions)
     return ", ".join(words if off else ["on-policy", *words])
@@ -167,7 +166,7 @@ def order_lines(found: Sequence[Order], shares: Mapping[int, Sequence[float]]) -
     """Orders of error, and how much of the gradient error the token ratio leaves at each length."""
     lines = ["importance ratio   objective's error   gradient's error   left at the largest δ   variance / on-policy"]
     for o in found:
-        lines.append(f"{o.ratio:<18} {_order(o.objective):<19} {_order(o.gradient):<18} {o.left:<23.2g} {o.variance:.3f}")
+        lines.append(f"{o.ratio:<18} {_order(o.objective):<19} {_order(o.gradient):<18} {_number(o.left):<23} {o.variance:.3f}")
     middle = {length: values[len(values) // 2] for length, values in shares.items()}
     lines.append(
         "token ratio, gradient error left by length, median of worlds: " + ", ".join(f"T={t}: {v:.2f}" for t, v in middle.items())
