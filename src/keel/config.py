@@ -137,6 +137,12 @@ class CheckpointSettings(Section):
     keep: int = Field(2, ge=1, description="how many of the newest stay on disk")
 
 
+class EngineSettings(Section):
+    """What samples."""
+
+    name: str = Field("local", description="the engine: local")
+
+
 class RunConfig(Section):
     """One run. Construct it by `load_config`, or directly: RunConfig(recipe="solid", train={"lr": 1e-4}).
 
@@ -155,6 +161,7 @@ class RunConfig(Section):
     writers: tuple[str, ...] = Field((), description="besides metrics.jsonl: tensorboard, wandb, trackio")
     train: TrainSettings = Field(default_factory=TrainSettings)
     sampling: SamplingSettings = Field(default_factory=SamplingSettings)
+    engine: EngineSettings = Field(default_factory=EngineSettings)
     objective: dict[str, Any] = Field(
         default_factory=dict,
         description="changes to the recipe's objective: surrogate = clip, surrogate.clip_high = 0.28 ...",

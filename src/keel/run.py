@@ -125,7 +125,7 @@ def assemble(config: RunConfig, policy: Policy | None = None, make_engine: MakeE
     """Load what the settings name: the policy (unless given), an engine, the task and its panel; check that they
     fit.
     """
-    from keel.rollout.local import LocalEngine
+    from keel.rollout.engines import engine_of
 
     checkpoint.seed_random_state(config.seed)
     if config.train.threads is not None:
@@ -135,7 +135,7 @@ def assemble(config: RunConfig, policy: Policy | None = None, make_engine: MakeE
     panel = {panel_name(spec): get_task(spec) for spec in config.evaluation.panel}
     policy = policy or _loaded(config)
     config.check_fits(policy.context, _longest_prompt(policy, (task, *panel.values())))
-    return Parts(config, policy, (make_engine or LocalEngine)(policy), task, recipe, panel)
+    return Parts(config, policy, make_engine(policy) if make_engine else engine_of(config.engine, policy), task, recipe, panel)
 
 
 def trained_policy(folder: RunFolder, step: int | None = None) -> Policy:

@@ -1,0 +1,32 @@
+"""Engines by name: what `engine.name` in a configuration means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from keel.config import EngineSettings
+from keel.errors import KeelError, nearest
+from keel.models.policy import Policy
+from keel.rollout.engine import Engine
+
+
+def local(settings: EngineSettings, policy: Policy) -> Engine:
+    """The in-process engine."""
+    from keel.rollout.local import LocalEngine
+
+    return LocalEngine(policy)
+
+
+ENGINES: dict[str, Callable[[EngineSettings, Policy], Engine]] = {"local": local}
+
+
+def engine_of(settings: EngineSettings, policy: Policy) -> Engine:
+    """The engine that the settings name, with the policy's weights loaded as version 0.
+
+    Raises:
+        KeelError: no such engine; the nearest name is given.
+    """
+    if settings.name not in ENGINES:
+        hint = nearest(settings.name, ENGINES)
+        raise KeelError(f"engine.name is {settings.name!r}; {hint}Expected one of: {', '.join(ENGINES)}.")
+    return ENGINES[settings.name](settings, policy)
