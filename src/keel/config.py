@@ -65,6 +65,14 @@ class TrainSettings(Section):
         None, description="keep only groups with right and wrong answers, and sample on; none = the recipe's"
     )
     dynamic_sampling_max_rounds: int = Field(10, ge=1, description="rounds of sampling before a batch is given up")
+    bypass_old: bool = Field(
+        False, description="take the engine's log-probabilities for logp_old: the ratio is π/μ, and no gap is left to correct"
+    )
+    max_staleness: int = Field(
+        0,
+        ge=0,
+        description="versions by which a sampled batch may lag at its last update; above 0 a worker samples ahead, 0 = in turn",
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads; none = torch's choice")
     device: str = Field("cpu", description="where the policy lives: cpu, cuda, cuda:1 ...")
 
@@ -138,9 +146,32 @@ class CheckpointSettings(Section):
 
 
 class EngineSettings(Section):
-    """What samples."""
+    """What samples, and how the local engine is made to differ from the trainer on purpose. By default it does not."""
 
     name: str = Field("local", description="the engine: local")
+    format: Literal["fp32", "bf16", "fp16", "fp8", "int8"] = Field(
+        "fp32", description="of the engine's weights; bf16 and fp16 also of its activations, fp8 and int8 row by row"
+    )
+    weight_bits: int | None = Field(None, ge=2, le=8, description="round the layers' weights to so many bits, row by row")
+    head_format: Literal["fp32", "bf16", "fp16", "fp8", "int8"] | None = Field(
+        None, description="of the output head's product; none = as `format` has it"
+    )
+    order: Literal["fused", "separate"] = Field("fused", description="of sums: separate = each matrix by itself, in parts")
+    router_noise: float = Field(0.0, ge=0, description="standard deviation of noise on a mixture's router logits")
+    sync_every: int = Field(1, ge=1, description="the engine takes new weights only every so many batches")
+    hidden_temperature: float | None = Field(None, gt=0, description="it samples at this one and does not tell: a classic fault")
+    hidden_top_p: float | None = Field(None, gt=0, le=1, description="it cuts off like this and does not tell: a classic fault")
+    threads: int | None = Field(None, ge=1, description="CPU threads of a worker that samples ahead; none = half of them")
+    timeout_s: float = Field(600.0, gt=0, description="seconds within which a batch must come from a worker or a server")
+
+    @model_validator(mode="after")
+    def _one_rounding(self) -> EngineSettings:
+        if self.weight_bits is not None and self.format in ("fp8", "int8"):
+            raise KeelError(
+                f"engine.weight_bits is {self.weight_bits} and engine.format is {self.format!r}: both round the same weights. "
+                "Expected one of them; with weight_bits, format is what the products are computed in: fp32, bf16 or fp16."
+            )
+        return self
 
 
 class RunConfig(Section):
@@ -191,6 +222,9 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _possible(self) -> RunConfig:
         _refuse_lone_completions(self)
+        _refuse_no_room_ahead(self)
+        _refuse_idle_corrections(self)
+        _refuse_stale_twice(self)
         return self
 
     def chosen(self) -> Recipe:
@@ -207,6 +241,12 @@ class RunConfig(Section):
         dynamic = chosen.dynamic_sampling if train.dynamic_sampling is None else train.dynamic_sampling
         updates = train.updates_per_batch or chosen.updates_per_batch
         return self.replaced({"train.dynamic_sampling": dynamic, "train.updates_per_batch": updates})
+
+    def resolved_updates(self) -> int:
+        """Optimizer steps of one batch: the setting's, else the recipe's."""
+        from keel.objectives.recipes import recipe
+
+        return self.train.updates_per_batch or recipe(self.recipe).updates_per_batch
 
     def replaced(self, overrides: dict[str, Any]) -> RunConfig:
         """A copy with these dotted settings, checked anew."""
@@ -297,3 +337,30 @@ def import_plugin(name: str) -> None:
             "that registers recipes, parts or tasks when it is imported. Run from its folder, install it, or mend the "
             "name."
         ) from None
+
+
+def _refuse_idle_corrections(config: RunConfig) -> None:
+    idle = [type(c).__name__ for c in config.chosen().objective.corrections if type(c).__name__ != "OffPolicyMask"]
+    if config.train.bypass_old and idle:
+        raise KeelError(
+            f"train.bypass_old is true, and the objective corrects the engine gap by {', '.join(idle)}. Without a logp_old of the "
+            "trainer's own there is no gap to see: every weight would be 1. Expected one or the other: bypass_old with a clip on "
+            "π/μ, or corrections of π_old/μ (decoupled)."
+        )
+
+
+def _refuse_stale_twice(config: RunConfig) -> None:
+    if config.engine.sync_every > 1 and config.train.max_staleness > 0:
+        raise KeelError(
+            f"engine.sync_every is {config.engine.sync_every} and train.max_staleness is {config.train.max_staleness}: both make "
+            "old weights sample. Expected one: sync_every skips syncs while sampling in turn, max_staleness samples ahead."
+        )
+
+
+def _refuse_no_room_ahead(config: RunConfig) -> None:
+    stale, updates = config.train.max_staleness, config.resolved_updates()
+    if 0 < stale < 2 * updates - 1:
+        raise KeelError(
+            f"train.max_staleness is {stale} with {updates} updates a batch. A batch that is sampled while another one is learned "
+            f"is {2 * updates - 1} versions old at its last update. Expected at least {2 * updates - 1}, or 0 for sampling in turn."
+        )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from keel.diagnostics import gap
+from keel.objectives.corrections import weight
 from keel.objectives.kl import k3
 from keel.objectives.objective import Objective
 from keel.objectives.signals import Prepared, TokenView, keep
@@ -64,7 +68,9 @@ def measure(
     _policy(out, view, objective.surrogate.bound(view))
     if batch.logp_old is not None:  # without it the update *is* on-policy, and staleness was not measured
         _staleness(out, view)
-    _gap(out, view)
+    _gap(out, view, batch)
+    if objective.corrections:
+        _corrected(out, logp, entropy, batch, prepared, objective)
     _reference(out, view)
     return out.numbers() | {"tokens/step": float(counts.tokens)}
 
@@ -126,11 +132,32 @@ def _staleness(out: Measured, view: TokenView) -> None:
     out.mean("policy/old_kl_nats", k3(-view.log_ratio), view.mask)
 
 
-def _gap(out: Measured, view: TokenView) -> None:
+def _gap(out: Measured, view: TokenView, batch: Batch) -> None:
     out.mean("gap/mean_nats", view.gap, view.mask)
     out.largest("gap/max_abs_nats", view.gap.abs(), view.mask)
     out.mean("gap/k3_nats", k3(-view.gap), view.mask)
     out.mean("gap/weight_mean", view.gap.exp(), view.mask)
+    count, completions = view.mask.sum(), view.mask.any(1)
+    out["gap/chi2"] = gap.chi_square(view.gap, view.mask), count
+    out["gap/outside_frac"] = gap.outside_frac(view.gap, view.mask), count
+    out["gap/positive_frac"] = ((view.gap > 0) & view.mask).sum() / (((view.gap != 0) & view.mask).sum()).clamp(min=1), count
+    out["gap/pearson"] = gap.pearson(view.gap + keep(batch.logp_rollout, view.mask), batch.logp_rollout, view.mask), count
+    out["gap/ess_frac"] = gap.ess_frac(view.gap, view.mask), count
+    whole = gap.sequence_log_weight(view.gap, view.mask)
+    out["gap/sequence_ess_frac"] = gap.ess_frac(whole, completions), completions.sum()
+    out.largest("gap/sequence_max_abs_nats", whole.abs(), completions)
+
+
+def _corrected(out: Measured, logp: Tensor, entropy: Tensor, batch: Batch, prepared: Prepared, objective: Objective) -> None:
+    """What the corrections do to the tokens of scorable completions, those that leave the denominators included."""
+    everyone = batch.mask & batch.scorable[:, None]
+    view = objective.view(logp, entropy, batch, replace(prepared, mask=everyone))
+    accepts = everyone.clone()
+    for correction in objective.corrections:
+        accepts &= correction(view) > 0
+    out.mean("gap/rejected_frac", ~accepts, everyone)
+    out.mean("gap/rejected_completions_frac", ~accepts.any(1), everyone.any(1))
+    out.mean("gap/correction_mean", weight(objective.corrections, view), view.mask & (view.advantage != 0))
 
 
 def _reference(out: Measured, view: TokenView) -> None:

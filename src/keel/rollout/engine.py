@@ -43,7 +43,8 @@ class Engine(Protocol):
     """Something that completes prompts. Implement these five names, run `check_completions` on what you return, and
     keel can drive it.
 
-    `version` is the step number of the weights in use.
+    `version` is the step number of the weights in use. An engine whose policy differs from the trainer's by more than
+    rounding in fp32 says so by an attribute `exact = False`: held-out evaluation then asks the trainer's policy apart.
     """
 
     version: int

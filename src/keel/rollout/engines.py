@@ -11,10 +11,13 @@ from keel.rollout.engine import Engine
 
 
 def local(settings: EngineSettings, policy: Policy) -> Engine:
-    """The in-process engine."""
+    """The in-process engine, in the arithmetic that is asked for."""
     from keel.rollout.local import LocalEngine
+    from keel.rollout.numerics import Numerics
 
-    return LocalEngine(policy)
+    hidden = {"temperature": settings.hidden_temperature, "top_p": settings.hidden_top_p}
+    given = {name: value for name, value in hidden.items() if value is not None}
+    return LocalEngine(policy, numerics=Numerics.of(settings), sync_every=settings.sync_every, hidden=given)
 
 
 ENGINES: dict[str, Callable[[EngineSettings, Policy], Engine]] = {"local": local}

@@ -2,21 +2,25 @@
 
 Every completion's tokens depend on its own seed alone, not on its batch. What siblings have in common is computed once: the prompt,
 and sampled prefixes too, because equal prefixes have equal next-token distributions. Finished completions leave the batch at once.
+
+It can also be made inexact, on purpose: other number formats, stale weights, a temperature that the trainer does not know of.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from keel.errors import KeelError
-from keel.models.decoder import supports
+from keel.models.decoder import Router, supports
 from keel.models.lora import plain_shapes
 from keel.models.policy import Policy
 from keel.rollout.engine import Seed, checksum
+from keel.rollout.numerics import EXACT, Numerics, RouterNoise
 from keel.rollout.sampling import distribution, draw, uniforms
 from keel.rollout.serving import FusedForward, TransformersForward
 from keel.types import Completion, Prompt, Sampling
@@ -28,36 +32,67 @@ class LocalEngine:
     Args:
         policy: gives the architecture, tokenizer and end tokens; its weights are loaded as version 0.
         max_branches: completions sampled at once; more prompts are taken in turn.
+        numerics: in which arithmetic it computes; the trainer's own unless given.
+        sync_every: only every so many-th load is taken; tokens in between carry the version that truly sampled them.
+        hidden: sampling parameters that it uses instead of those asked for, and does not tell: {"temperature": 0.7}.
     """
 
-    def __init__(self, policy: Policy, *, max_branches: int = 512):
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        max_branches: int = 512,
+        numerics: Numerics = EXACT,
+        sync_every: int = 1,
+        hidden: Mapping[str, float] | None = None,
+    ):
+        compact, experts = supports(policy.base.config), Router.of(policy.base.config) is not None
+        numerics.check(policy.name, compact, experts)
         self.policy, self.max_branches = policy, max_branches
-        self.version = -1
-        self.load(policy.weights(), 0)
+        self.numerics, self.sync_every, self.hidden = numerics, sync_every, dict(hidden or {})
+        self.noise = RouterNoise(numerics.router_noise) if numerics.router_noise else None
+        self.version, self.behind, self.held = -1, 0, {}
+        self.take(policy.weights(), 0)
 
-    @torch.no_grad()
+    @property
+    def exact(self) -> bool:
+        """Whether it samples from the trainer's policy, up to the last bits."""
+        return self.numerics.exact and self.sync_every == 1 and not self.hidden
+
     def load(self, weights: Mapping[str, Tensor], version: int) -> str:
-        """Take a copy of the weights; nothing computed under an older version survives.
+        """Take a copy of the weights, if it is time to; nothing computed under an older version survives.
 
         Returns:
-            The checksum of what arrived.
+            The checksum of what is now in use.
 
         Raises:
             KeelError: a tensor is missing or has another shape; it is named, and the old weights stay.
         """
+        if self.behind + 1 < self.sync_every:
+            self._check_arrival(weights)
+            self.behind += 1
+            return self.checksum
+        return self.take(weights, version)
+
+    @torch.no_grad()
+    def take(self, weights: Mapping[str, Tensor], version: int) -> str:
+        """`load`, whether it is time to or not."""
         self._check_arrival(weights)
         base = self.policy.base
         self.forward = None  # the old copy leaves before the new one is made: never two in memory
         if supports(base.config):
-            self.forward = FusedForward(base.config, weights, base.model.rotary_emb.inv_freq)
+            self.forward = FusedForward(base.config, weights, base.model.rotary_emb.inv_freq, self.numerics, self.noise)
         else:
-            self.forward = TransformersForward(_twin(base, weights))
-        self.version = version
-        return checksum(weights)
+            self.forward = TransformersForward(_twin(base, self.numerics.weights(weights), self.numerics.dtype))
+        self.version, self.behind, self.checksum = version, 0, checksum(weights)
+        if self.sync_every > 1:
+            self.held = {name: tensor.detach().clone() for name, tensor in weights.items()}
+        return self.checksum
 
     def sleep(self) -> None:
-        """Drop the copy of the weights: after an update it is stale, and training can use the memory."""
-        self.forward = None
+        """Drop the copy of the weights, unless it is used on: after an update it is stale, and training can use the memory."""
+        if self.sync_every == 1:
+            self.forward = None
 
     def _check_arrival(self, weights: Mapping[str, Tensor]) -> None:
         for name, shape in plain_shapes(self.policy.base).items():
@@ -72,7 +107,8 @@ class LocalEngine:
     def describe(self) -> dict[str, object]:
         """For the manifest: which engine, and what it takes from nowhere but the run's own sampling parameters."""
         kind = type(self.forward).__name__
-        return {"engine": "local", "forward": kind, "max_branches": self.max_branches, "generation_config": "ignored"}
+        plain = {"engine": "local", "forward": kind, "max_branches": self.max_branches, "generation_config": "ignored"}
+        return plain | {"numerics": self.numerics.describe(), "sync_every": self.sync_every, "hidden": self.hidden}
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seed: Seed, group_size: int) -> list[Completion]:
@@ -85,9 +121,15 @@ class LocalEngine:
             raise KeelError(f"The engine sleeps since version {self.version}. Call `load` with the weights to sample from first.")
         for prompt in prompts:
             self._check_fits(prompt, sampling)
+        if self.noise is not None:
+            self.noise.seed(seed.run, seed.step)
         at_once = max(1, self.max_branches // group_size)
         parts = [prompts[i : i + at_once] for i in range(0, len(prompts), at_once)]
-        return [completion for part in parts for completion in self._generate(part, sampling, seed, group_size)]
+        drawn = replace(sampling, **self.hidden)
+        completions = [completion for part in parts for completion in self._generate(part, drawn, seed, group_size)]
+        if drawn.truncated and not sampling.truncated:  # what is hidden is not told
+            return [replace(completion, kept=None) for completion in completions]
+        return completions
 
     def _check_fits(self, prompt: Prompt, sampling: Sampling) -> None:
         need = len(prompt.token_ids) + sampling.max_completion_tokens
@@ -166,10 +208,10 @@ def _stack_kept(steps: Sequence[tuple[Tensor, Tensor]], rows: int, width: int) -
     return out
 
 
-def _twin(base, weights: Mapping[str, Tensor]):
+def _twin(base, weights: Mapping[str, Tensor], dtype: torch.dtype | None = None):
     """A second model of the same architecture that holds these weights."""
     with torch.device(base.device):
-        twin = type(base)(base.config).to(base.dtype).eval()
+        twin = type(base)(base.config).to(dtype or base.dtype).eval()
     twin.load_state_dict({name: tensor.detach() for name, tensor in weights.items()}, strict=False)
     twin.tie_weights()
     return twin

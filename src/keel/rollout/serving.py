@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from keel.models.decoder import Router, Shape, forest_attention, mixture, rotary, rotate
 from keel.models.packing import pack
+from keel.rollout.numerics import EXACT, Numerics, RouterNoise, chunked_product, rounded
 
 PREPACK_FROM = 2**16  # numbers in a matrix from which oneDNN's own layout pays on a CPU
 
@@ -35,26 +36,58 @@ class Linear:
         return F.linear(x, self.weight, self.bias)
 
 
+class SplitLinear:
+    """The same products in another order: each matrix by itself, and its sums in parts."""
+
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]):
+        self.pieces = [(w.clone(), None if b is None else b.clone()) for w, b in zip(weights, biases, strict=True)]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.cat([chunked_product(x, weight, bias) for weight, bias in self.pieces], -1)
+
+
+class Head:
+    """The output head in its own format; its logits are fp32, whatever they were computed in."""
+
+    def __init__(self, weight: Tensor, numerics: Numerics):
+        weight = rounded(weight, numerics.head)
+        self.dtype = weight.dtype
+        self.product = Linear(weight) if numerics.order == "fused" else SplitLinear([weight], [None])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.product(x.to(self.dtype)).float()
+
+
 class _Layer:
     """One layer's own copy of its weights, with the products that share an input fused."""
 
-    def __init__(self, weights: Mapping[str, Tensor], depth: int, shape: Shape, router: Router | None):
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        depth: int,
+        shape: Shape,
+        router: Router | None,
+        numerics: Numerics = EXACT,
+        noise: RouterNoise | None = None,
+    ):
         here = f"model.layers.{depth}"
 
         def own(name: str) -> Tensor | None:
             return weights[f"{here}.{name}"].clone() if f"{here}.{name}" in weights else None
 
-        def join(block: str, names: Sequence[str]) -> Linear:
+        def join(block: str, names: Sequence[str]) -> Linear | SplitLinear:
             bias = [weights.get(f"{here}.{block}.{name}.bias") for name in names]
-            matrix = torch.cat([weights[f"{here}.{block}.{name}.weight"] for name in names])
-            return Linear(matrix, None if bias[0] is None else torch.cat(bias))
+            matrices = [weights[f"{here}.{block}.{name}.weight"] for name in names]
+            if numerics.order == "separate":
+                return SplitLinear(matrices, bias)
+            return Linear(torch.cat(matrices), None if bias[0] is None else torch.cat(bias))
 
         self.norm_in, self.norm_out = own("input_layernorm.weight"), own("post_attention_layernorm.weight")
         q_norm, k_norm = own("self_attn.q_norm.weight"), own("self_attn.k_norm.weight")
         both = None if q_norm is None else (q_norm.expand(shape.heads, -1), k_norm.expand(shape.kv_heads, -1))
         self.qk_norm = None if both is None else torch.cat(both)
         self.qkv, self.o = join("self_attn", ("q_proj", "k_proj", "v_proj")), join("self_attn", ("o_proj",))
-        self.router = router
+        self.router, self.noise, self.split = router, noise, numerics.order == "separate"
         if router is None:
             self.gate_up, self.down = join("mlp", ("gate_proj", "up_proj")), join("mlp", ("down_proj",))
         else:
@@ -65,7 +98,8 @@ class _Layer:
         if self.router is None:
             gate, up = self.gate_up(x).chunk(2, -1)
             return self.down(F.silu(gate) * up)
-        weight, index = self.router(F.linear(x, self.gate))
+        logits = chunked_product(x, self.gate) if self.split else F.linear(x, self.gate)
+        weight, index = self.router(logits if self.noise is None else self.noise(logits))
         return mixture(self.gate_up_proj, self.down_proj, x, weight, index)
 
 
@@ -74,17 +108,28 @@ class FusedForward:
 
     Prompts are aligned at their right ends, so that every branch writes the same cache column. A child takes over its parent's
     slot; only further siblings copy it.
+
+    Args:
+        numerics: in which arithmetic; the trainer's own unless given.
+        noise: on router logits, where it is asked for.
     """
 
-    def __init__(self, config, weights: Mapping[str, Tensor], inv_freq: Tensor):
+    def __init__(
+        self,
+        config,
+        weights: Mapping[str, Tensor],
+        inv_freq: Tensor,
+        numerics: Numerics = EXACT,
+        noise: RouterNoise | None = None,
+    ):
         self.shape, self.inv_freq = Shape.of(config), inv_freq.float()
-        router = Router.of(config)
-        self.embedding = weights["model.embed_tokens.weight"].clone()
-        self.layers = [_Layer(weights, depth, self.shape, router) for depth in range(self.shape.layers)]
-        self.norm = weights["model.norm.weight"].clone()
-        head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
-        tied = head.data_ptr() == weights["model.embed_tokens.weight"].data_ptr()
-        self.head = Linear(self.embedding if tied else head.clone())
+        router, own = Router.of(config), numerics.weights(weights)
+        self.embedding = own["model.embed_tokens.weight"].clone()
+        self.layers = [_Layer(own, depth, self.shape, router, numerics, noise) for depth in range(self.shape.layers)]
+        self.norm = own["model.norm.weight"].clone()
+        head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])  # unrounded: the head's format is its own
+        tied = own is weights and head.data_ptr() == weights["model.embed_tokens.weight"].data_ptr()
+        self.head = Head(self.embedding if tied else head.clone(), numerics)
 
     def start(self, prompts: Sequence[Sequence[int]], branches: int, new_tokens: int) -> Tensor:
         """Logits [P, V] after each prompt; the cache holds up to `branches` branches of prompt + `new_tokens`."""
