@@ -1,4 +1,4 @@
-"""The command line: `keel train | eval | pretrain | papers | audit | export`. Every setting is a flag by its dotted name.
+"""The command line: `keel train | eval | pretrain | papers | audit | gap | export`. Every setting is a flag by its dotted name.
 
 What is imported at the top is light, so that help and mistakes answer at once; each command imports what it needs.
 """
@@ -259,6 +259,25 @@ def audit(arguments: list[str]) -> int:
     return run(options)
 
 
+# ── gap ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def gap(arguments: list[str]) -> int:
+    """measure how far an engine is from the trainer, and say what it means: keel gap tiny-dense --engine.format bf16"""
+    parser = _parser("gap", gap, settings=True)
+    parser.add_argument("source", help="a run folder (its own settings hold) or a model")
+    parser.add_argument("--samples", type=int, default=512, help="completions (default: %(default)s)")
+    parser.add_argument("--group-size", type=int, default=8, help="completions of each prompt (default: %(default)s)")
+    parser.add_argument("--step", type=int, help="of a run: the checkpoint of this step, not the newest")
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON on stdout")
+    options, overrides = _read(parser, arguments)
+    from keel.gap.command import run
+
+    return run(
+        options.source, overrides, samples=options.samples, group_size=options.group_size, step=options.step, as_json=options.json
+    )
+
+
 # ── export ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -284,6 +303,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "pretrain": pretrain,
     "papers": papers,
     "audit": audit,
+    "gap": gap,
     "export": export,
 }
 
@@ -325,7 +345,8 @@ def _read(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[argpar
             continue
         if not equals:
             value = queue.pop(0) if queue and not queue[0].startswith("--") else "true"
-        overrides[flag[2:].replace("-", "_")] = parse_value(value)
+        name = "engine.name" if flag == "--engine" else flag[2:].replace("-", "_")
+        overrides[name] = parse_value(value)
     return parser.parse_args(rest), overrides
 
 
