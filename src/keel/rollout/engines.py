@@ -20,7 +20,14 @@ def local(settings: EngineSettings, policy: Policy) -> Engine:
     return LocalEngine(policy, numerics=Numerics.of(settings), sync_every=settings.sync_every, hidden=given)
 
 
-ENGINES: dict[str, Callable[[EngineSettings, Policy], Engine]] = {"local": local}
+def vllm(settings: EngineSettings, policy: Policy) -> Engine:
+    """vLLM, in processes of its own."""
+    from keel.rollout.vllm_engine import VllmEngine
+
+    return VllmEngine(policy, settings)
+
+
+ENGINES: dict[str, Callable[[EngineSettings, Policy], Engine]] = {"local": local, "vllm": vllm}
 
 
 def engine_of(settings: EngineSettings, policy: Policy) -> Engine:
