@@ -111,17 +111,15 @@ def _size(found: Found) -> str:
         return f"The engine differs from it by at most {_n(largest)} nats: the two compute the same, up to rounding in fp32."
     times = f", {largest / floor:,.0f} times the floor" if floor > 0 else ""
     return (
-        f"The engine differs from it by up to {_n(largest)} nats{times}: not the order of sums in fp32, but another arithmetic, other "
-        "weights, or another distribution."
+        f"The engine differs from it by up to {_n(largest)} nats{times}: not the order of sums in fp32, but another arithmetic, "
+        "other weights, or another distribution."
     )
 
 
 def _temperature(found: Found) -> str:
     fit, taken = found.fit, _share(_taken(found.fit))
     if not fit.misreported:
-        return (
-            f"Temperature: no fault. The trainer fits best at × {fit.squared:.3f}, which takes {taken} of the mean square gap away."
-        )
+        return f"Temperature: no fault. The best fit is × {fit.squared:.3f}, which takes {taken} of the mean square gap away."
     said = f"Temperature fault: at × {fit.squared:.2f} of the trainer's temperature {taken} of the mean square gap is gone. "
     if fit.misdrawn:
         return said + (
@@ -140,12 +138,10 @@ def _mass(found: Found) -> str:
         return ""
     said = f"Mass: the mean ratio is {weight.mean:.4f}, and rounding alone leaves it at 1. "
     if weight.mean > 1:
-        return (
-            said + "The engine reports less than it draws with: its log-probabilities are of another distribution than its tokens."
-        )
+        return said + "The engine reports less than it draws with: its log-probabilities are not those of its tokens' distribution."
     return said + (
-        f"The engine never draws from {_share(1 - weight.mean)} of the trainer's probability: it cuts off (top-p, top-k, min-p) and "
-        "the trainer does not know. Replay the kept tokens, or switch truncation off."
+        f"The engine never draws from {_share(1 - weight.mean)} of the trainer's probability: it cuts off (top-p, top-k, min-p) "
+        "and the trainer does not know. Replay the kept tokens, or switch truncation off."
     )
 
 
@@ -156,19 +152,13 @@ def _biased(weight: Interval) -> bool:
 def _noise(found: Found) -> str:
     gap = found.gap
     lopsided = gap.positive.excludes(0.5) and abs(gap.positive.mean - 0.5) > LEANS
-    figures = (
-        f"{_share(gap.positive.mean)} of the gaps are above 0, and a token's probability explains {_share(gap.explained_frac)}"
-    )
+    above, explained = _share(gap.positive.mean), _share(gap.explained_frac)
+    figures = f"{above} of the gaps are above 0, and a token's probability explains {explained} of their variance"
     if not lopsided and gap.explained_frac < EXPLAINED:
-        return f"Noise: {figures} of their variance. So it is symmetric, as rounding is; it averages out in a gradient, but not in a ratio."
-    shape = (
-        "flatter"
-        if found.fit.squared > 1.01
-        else "sharper"
-        if found.fit.squared < 0.99
-        else "elsewhere, but not flatter or sharper"
-    )
-    return f"Bias: {figures} of their variance (noise: 50 % and 0 %). The engine's distribution is {shape} than the trainer's."
+        return f"Noise: {figures}. So it is symmetric, as rounding is."
+    fit = found.fit.squared
+    shape = "flatter than" if fit > 1.01 else "sharper than" if fit < 0.99 else "neither flatter nor sharper than"
+    return f"Bias: {figures} (noise: 50 % and 0 %). The engine's distribution is {shape} the trainer's."
 
 
 def _where(gap: Gap) -> str:
