@@ -148,7 +148,7 @@ class CheckpointSettings(Section):
 class EngineSettings(Section):
     """What samples, and how the local engine is made to differ from the trainer on purpose. By default it does not."""
 
-    name: str = Field("local", description="the engine: local")
+    name: str = Field("local", description="the engine: local or vllm")
     format: Literal["fp32", "bf16", "fp16", "fp8", "int8"] = Field(
         "fp32", description="of the engine's weights; bf16 and fp16 also of its activations, fp8 and int8 row by row"
     )
@@ -163,6 +163,10 @@ class EngineSettings(Section):
     hidden_top_p: float | None = Field(None, gt=0, le=1, description="it cuts off like this and does not tell: a classic fault")
     threads: int | None = Field(None, ge=1, description="CPU threads of a worker that samples ahead; none = half of them")
     timeout_s: float = Field(600.0, gt=0, description="seconds within which a batch must come from a worker or a server")
+    kv_cache_gb: float = Field(1.0, gt=0, description="memory of vLLM's keys and values")
+    max_model_len: int | None = Field(
+        None, ge=2, description="longest prompt + completion that vLLM makes room for; none = the model's"
+    )
 
     @model_validator(mode="after")
     def _one_rounding(self) -> EngineSettings:

@@ -30,7 +30,6 @@ from keel.summary import panel_name, summarise
 from keel.tasks.task import Task, get_task
 from keel.training import checkpoint
 from keel.training.loop import StepRecord, Trainer, iterate
-from keel.types import Sampling
 from keel.writers import JsonlWriter, Writer, check_writers, open_writers
 
 MakeEngine = Callable[[Policy], Engine]
@@ -159,24 +158,34 @@ def _loaded(config: RunConfig) -> Policy:
 def held_out(parts: Parts) -> dict[str, float]:
     """Every number of one evaluation by its metric's name: the task's test split, and each panel task's.
 
-    The template, the sampling and the reward are training's own.
+    The template, the sampling and the reward are training's own. The policy is the trainer's: where the engine is not
+    exact another one stands in for it, and what it scores itself on the task is told as `eval/sampler/…`.
     """
-    start, sampling = time.perf_counter(), parts.config.sampling.distribution()
+    start, exact = time.perf_counter(), getattr(parts.engine, "exact", True)
+    engine = parts.engine if exact else _exact_engine(parts.policy)
     told = {}
     for name, task in (("", parts.task), *parts.panel.items()):
-        numbers = _evaluated(parts, task, sampling)
+        numbers = _evaluated(parts, engine, task)
         told |= {f"eval/{name}/{key}" if name else f"eval/{key}": value for key, value in numbers.items()}
+    if not exact:
+        told |= {f"eval/sampler/{key}": value for key, value in _evaluated(parts, parts.engine, parts.task).items()}
     return told | {"time/eval_s": time.perf_counter() - start}
 
 
-def _evaluated(parts: Parts, task: Task, sampling: Sampling) -> dict[str, float]:
+def _exact_engine(policy: Policy) -> Engine:
+    from keel.rollout.local import LocalEngine
+
+    return LocalEngine(policy)
+
+
+def _evaluated(parts: Parts, engine: Engine, task: Task) -> dict[str, float]:
     from keel.evaluate import evaluate
 
     settings, policy = parts.config.evaluation, parts.policy
     prompts = [policy.template.render(prompt, policy.tokenizer) for prompt in task.test[: settings.prompts]]
     seed = Seed(parts.config.seed, EVALUATION)
-    ks = tuple(sorted({1, *settings.ks}))
-    return _named(evaluate(parts.engine, prompts, task, sampling, settings.samples, seed, ks))
+    ks, sampling = tuple(sorted({1, *settings.ks})), parts.config.sampling.distribution()
+    return _named(evaluate(engine, prompts, task, sampling, settings.samples, seed, ks))
 
 
 def _named(numbers: dict[str, float]) -> dict[str, float]:
@@ -212,6 +221,7 @@ class _Session:
                     self._after(record)
                     self._stop_if_asked(stop, record.batch_ends)
         finally:
+            self.trainer.close()
             self.display.close()
             for writer in self.writers:
                 writer.close()
@@ -223,6 +233,7 @@ class _Session:
         last = step >= config.steps
         metrics = dict(record.metrics)
         if record.batch_ends and (last or _crossed(config.evaluation.every, self._last("eval/pass@1"), step)):
+            self.trainer.wake()
             metrics |= held_out(self.parts)
         if record.skipped:
             self.display.say(f"step {step} was skipped: the gradient of {record.skipped} was not finite; no weight changed")

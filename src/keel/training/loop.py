@@ -19,12 +19,14 @@ from keel.models.lora import plain_copy, reference, started_from_zero
 from keel.models.policy import Policy
 from keel.objectives.objective import Objective, Prepared
 from keel.objectives.recipes import Recipe
-from keel.rollout.engine import Engine, Seed, check_completions
+from keel.rollout.engine import Engine
 from keel.tasks.task import Task
+from keel.training.ahead import Ahead
 from keel.training.batch import batch_from_groups, micro_batches
-from keel.training.buffer import Collected, PromptStream, collect
+from keel.training.buffer import Collected, PromptStream
+from keel.training.rollouts import InTurn, Rollouts, Sampler
 from keel.training.step import accumulate_gradient, apply_gradient, learning_rate, log_probabilities
-from keel.types import Batch, Completion, Group, Prompt
+from keel.types import Batch, Group
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,33 @@ class Trainer:
         dynamic = settings.dynamic_sampling
         self.dynamic_sampling = recipe.dynamic_sampling if dynamic is None else dynamic
         self.reference = _reference(policy) if "logp_ref" in self.objective.needs else None
+        self._rollouts: Rollouts | None = None
+
+    @property
+    def rollouts(self) -> Rollouts:
+        """Where batches come from; begun when it is first asked for, from the weights and clocks of then."""
+        if self._rollouts is None:
+            self._rollouts = self._begin_rollouts()
+        return self._rollouts
+
+    def close(self) -> None:
+        """End whatever works in the background."""
+        if self._rollouts is not None:
+            self._rollouts.close()
+            self._rollouts = None
+
+    def wake(self) -> None:
+        """Give the engine in this process the newest weights, so that it can be evaluated."""
+        if self.config.train.max_staleness > 0 and self.engine.version != self.step:
+            self.engine.load(self.policy.weights(), self.step)
+
+    def _begin_rollouts(self) -> Rollouts:
+        if self.config.train.max_staleness > 0:
+            self.engine.sleep()
+            return Ahead(self.config, self.policy.weights(), self.step, self.stream)
+        return InTurn(
+            Sampler(self.engine, self.policy, self.task, self.stream, self.config, self.dynamic_sampling, self.updates_per_batch)
+        )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Tensors and clocks from which `restore` goes on bit for bit. Draws are keyed by the clocks, so no generator is stored."""
@@ -84,8 +113,12 @@ class Trainer:
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{name}.{key}"] = value
+        held = getattr(self.engine, "held", {})  # an engine that is out of step on purpose goes on with the weights it has
+        tensors |= {f"engine.{name}": tensor for name, tensor in held.items()}
         clocks = {k: getattr(self, k) for k in ("step", "updates", "batch", "tokens", "skipped")}
-        return tensors, {**clocks, "prompts_taken": self.stream.taken, "version": self.engine.version}
+        return tensors, {**clocks, "prompts_taken": self.stream.taken, "version": self.engine.version} | (
+            {"engine_behind": self.engine.behind} if held else {}
+        )
 
     def restore(self, tensors: dict[str, Tensor], clocks: dict[str, int]) -> None:
         """Take the state of a checkpoint."""
@@ -99,7 +132,13 @@ class Trainer:
         for name in ("step", "updates", "batch", "tokens", "skipped"):
             setattr(self, name, clocks[name])
         self.stream.taken = clocks["prompts_taken"]
-        self.engine.load(self.policy.weights(), clocks["version"])
+        self.close()
+        held = {name.removeprefix("engine."): tensor for name, tensor in tensors.items() if name.startswith("engine.")}
+        if held:
+            self.engine.take(held, clocks["version"])
+            self.engine.behind = clocks["engine_behind"]
+        else:
+            self.engine.load(self.policy.weights(), clocks["version"])
 
 
 def iterate(trainer: Trainer) -> Iterator[StepRecord]:
@@ -110,8 +149,8 @@ def iterate(trainer: Trainer) -> Iterator[StepRecord]:
     """
     while trainer.step < trainer.config.steps:
         start = time.perf_counter()
-        collected = _rollout(trainer)
-        trainer.engine.sleep()
+        collected = trainer.rollouts.collect(trainer.step)
+        trainer.tokens += collected.generated_tokens
         rollout = _rollout_metrics(trainer, collected, time.perf_counter() - start)
         batch = _with_log_probabilities(trainer, batch_from_groups(collected.groups))
         prepared = trainer.objective.prepare(batch, trainer.sampling.max_completion_tokens)
@@ -122,34 +161,10 @@ def iterate(trainer: Trainer) -> Iterator[StepRecord]:
             ends = number == len(updates)
             if ends:
                 trainer.batch += 1
-                trainer.engine.load(trainer.policy.weights(), trainer.step)
+                trainer.rollouts.publish(trainer.policy.weights(), trainer.step)
             now = time.perf_counter()
             yield StepRecord(trainer.step, rollout | metrics | {"time/step_s": now - start}, groups, ends, skipped)
             start, groups, rollout = time.perf_counter(), (), {}
-
-
-def _rollout(trainer: Trainer) -> Collected:
-    config, policy = trainer.config, trainer.policy
-    vocab_size = policy.base.get_output_embeddings().weight.shape[0]
-
-    def generate(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Completion]]:
-        asked = [policy.template.render(prompt, policy.tokenizer) for prompt in prompts]
-        seed, group_size = Seed(run=config.seed, step=trainer.step), config.train.group_size
-        completions = trainer.engine.generate(asked, trainer.sampling, seed, group_size)
-        rules = dict(end_ids=policy.end_ids, vocab_size=vocab_size, version=trainer.engine.version)
-        check_completions(asked, completions, group_size, trainer.sampling, **rules)
-        return asked, completions
-
-    collected = collect(
-        generate,
-        trainer.stream,
-        trainer.task.reward,
-        prompts=config.train.prompts_per_step * trainer.updates_per_batch,
-        live_only=trainer.dynamic_sampling,
-        max_rounds=config.train.dynamic_sampling_max_rounds,
-    )
-    trainer.tokens += collected.generated_tokens
-    return collected
 
 
 def _rollout_metrics(trainer: Trainer, collected: Collected, seconds: float) -> dict[str, float]:
@@ -165,13 +180,16 @@ def _with_log_probabilities(trainer: Trainer, batch: Batch) -> Batch:
     """Add what must be known before the first update: the trainer at the sampling weights, and the reference.
 
     With one update a batch the first is the update's own forward pass; on the probe's beat it is computed apart all the same, so
-    that "on-policy" is measured (`policy/off_policy_frac`), not assumed.
+    that "on-policy" is measured (`policy/off_policy_frac`), not assumed. Bypassed, the trainer at the sampling weights is never
+    asked: logp_old is what the engine said, the gap is 0 by definition, and the ratio of the loss is π/μ.
     """
     settings, temperature = trainer.config.train, trainer.sampling.temperature
     updates = _updates(batch, trainer.updates_per_batch)  # cut as they will be cut, so that equal weights give equal bits
     cuts = [rows[part] for rows in updates for part in micro_batches(batch.rows(rows), settings.micro_batch_tokens)]
     probe = settings.probe_every > 0 and trainer.batch % settings.probe_every == 0
-    if probe or trainer.updates_per_batch > 1 or "logp_old" in trainer.objective.needs:
+    if settings.bypass_old:
+        batch = replace(batch, logp_old=batch.logp_rollout)
+    elif probe or trainer.updates_per_batch > 1 or "logp_old" in trainer.objective.needs:
         batch = replace(batch, logp_old=log_probabilities(trainer.policy, batch, cuts, temperature))
     if trainer.reference is not None:
         with trainer.reference() as reference:
@@ -195,6 +213,7 @@ def _update(trainer: Trainer, batch: Batch, prepared: Prepared) -> tuple[dict[st
     rate = learning_rate(config.train.lr, config.train.lr_schedule, config.train.warmup_steps, trainer.updates, config.steps)
     for group in trainer.optimizer.param_groups:
         group["lr"] = rate
+    age = (trainer.step - batch.versions)[prepared.mask].float()
     applied = apply_gradient(trainer.parameters, trainer.optimizer, config.train.max_grad_norm)
     trainer.step += 1
     trainer.updates += not applied.non_finite
@@ -204,6 +223,8 @@ def _update(trainer: Trainer, batch: Batch, prepared: Prepared) -> tuple[dict[st
         "train/grad_norm": applied.grad_norm,
         "train/lr": rate,
         "train/skipped_steps": float(trainer.skipped),
+        "train/staleness_mean": float(age.mean()) if len(age) else 0.0,
+        "train/staleness_max": float(age.max()) if len(age) else 0.0,
         "time/train_s": time.perf_counter() - begin,
     }
     return metrics, applied.non_finite
