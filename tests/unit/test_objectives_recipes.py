@@ -145,6 +145,14 @@ def test_vary():
 
 
 @pytest.mark.parametrize(
+    ("value", "expected"),
+    [("veto", (Veto(),)), ("veto, truncate_token", (Veto(), TruncateToken())), (["veto"], (Veto(),)), (None, ()), ([], ())],
+)
+def test_several_parts_as_a_command_line_has_them(value, expected):
+    assert vary(SOLID, {"corrections": value}).corrections == expected
+
+
+@pytest.mark.parametrize(
     "changes, hint",
     [
         ({"surogate": "clip"}, "surrogate"),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 GRID = tuple(2.0 ** (step / 4) for step in range(-6, 7))  # .35 … 2.83, by 19 %
 OFF = 0.03  # a factor away from 1 by less than this is not called a fault
-HEALED = 0.5  # of the gap's mean square that a fault's temperature takes away at least
+HEALED = 0.8  # of the gap's mean square is gone at a fault's temperature, at least; nearly all of it if nothing else is wrong
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,15 @@ class Fit:
     @property
     def misreported(self) -> bool:
         """Whether another temperature explains most of the gap."""
-        return abs(math.log(self.squared)) > OFF and self.rms_best_nats**2 < HEALED * self.rms_nats**2
+        return abs(math.log(self.squared)) > OFF and self.rms_best_nats**2 <= (1 - HEALED) * self.rms_nats**2
 
     @property
-    def misdrawn(self) -> bool:
-        """Whether the tokens themselves come from the other temperature, and not only their log-probabilities."""
-        halfway = math.log(self.squared) / 2
-        return self.misreported and (math.log(self.likelihood) - halfway) * halfway > 0
+    def misdrawn(self) -> bool | None:
+        """Whether the tokens themselves come from the other temperature, and not only their log-probabilities; None where these
+        tokens are compatible with both, or with neither.
+        """
+        as_asked, as_reported = (self.likelihood_low <= factor <= self.likelihood_high for factor in (1.0, self.squared))
+        return None if as_asked == as_reported else as_reported and self.misreported
 
 
 def fit_temperature(

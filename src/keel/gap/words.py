@@ -17,6 +17,7 @@ HARMLESS = 1e-4  # nats: what fp32 engines reach
 MASS = 1e-3  # a mean weight nearer to 1 than this is not worth a sentence
 LEANS = 0.1  # from this far away from a half the share of gaps above 0 is called lopsided
 EXPLAINED = 0.1  # share of the gap's variance from which its dependence on the probability is called a bias
+ONE_SIDED = 0.02  # share of gaps above 0 below which the engine only ever has more: a cut, for a temperature gives some less
 USUAL = {"format": "fp32", "weight_bits": None, "head_format": None, "order": "fused", "router_noise": 0.0, "sync_every": 1}
 MUCH = 0.9  # share of the sequence weights' effective samples from which whole-sequence corrections cost little
 
@@ -118,7 +119,7 @@ def _size(found: Found) -> str:
 
 def _temperature(found: Found) -> str:
     fit, taken = found.fit, _share(_taken(found.fit))
-    if not fit.misreported:
+    if not _other_temperature(found):
         return f"Temperature: no fault. The best fit is × {fit.squared:.3f}, which takes {taken} of the mean square gap away."
     said = f"Temperature fault: at × {fit.squared:.2f} of the trainer's temperature {taken} of the mean square gap is gone. "
     if fit.misdrawn:
@@ -126,15 +127,21 @@ def _temperature(found: Found) -> str:
             "The tokens themselves are likeliest there too: the engine draws at another temperature than the trainer divides by. "
             "Send the same one to both."
         )
+    if fit.misdrawn is None:
+        return said + "Whether the tokens were drawn at it too, or only reported, these are too few to say: raise --samples."
     return said + (
         f"But the tokens themselves are likeliest at × {fit.likelihood:.2f}: they were drawn as asked, and only their reported "
         "log-probabilities are raw ones, from before the temperature. Ask the engine for processed log-probabilities."
     )
 
 
+def _other_temperature(found: Found) -> bool:
+    return found.fit.misreported and found.gap.positive.mean > ONE_SIDED
+
+
 def _mass(found: Found) -> str:
     weight = found.gap.weight
-    if not _biased(weight) or found.fit.misreported:
+    if not _biased(weight) or _other_temperature(found):
         return ""
     said = f"Mass: the mean ratio is {weight.mean:.4f}, and rounding alone leaves it at 1. "
     if weight.mean > 1:
@@ -185,7 +192,7 @@ def _sequences(gap: Gap) -> str:
 
 
 def _advice(found: Found) -> str:
-    if found.fit.misreported or _biased(found.gap.weight):
+    if _other_temperature(found) or _biased(found.gap.weight):
         return "Mend that first: corrections would hide the fault and not remove it."
     mild = [r.name for r in found.remedies if r.kept_frac > 0.99 and r.capped_frac < 0.01]
     harsh = [f"{r.name} ({_share(r.kept_frac)} kept)" for r in found.remedies if r.kept_frac < 0.9]

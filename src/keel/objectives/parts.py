@@ -128,7 +128,7 @@ def vary(objective: Objective, changes: Mapping[str, Any]) -> Objective:
 def _changed(field: str, current: Any, path: str, value: Any) -> Any:
     """`current` with the value at `path` below it replaced; the empty path is `current` itself."""
     if not path:
-        return _chosen(field, value)
+        return _chosen(field, _several(value) if isinstance(current, tuple) else value)
     if isinstance(current, tuple):
         return _changed_member(field, current, path, value)
     name, _, rest = path.partition(".")
@@ -148,6 +148,13 @@ def _changed_member(field: str, members: tuple, path: str, value: Any) -> tuple:
     if not any(type(member) is kind for member in members):
         raise KeelError(f"{field} has no {name!r} as it is chosen now ({describe(members)}). Add it first: {field} = [{name!r}].")
     return tuple(_changed(name, member, rest, value) if type(member) is kind else member for member in members)
+
+
+def _several(value: Any) -> Any:
+    """A field that holds several parts, from a list, from "a,b" or "a" as a command line has it, or from none."""
+    if isinstance(value, str):
+        return [name.strip() for name in value.split(",")]
+    return [] if value is None else value
 
 
 def _chosen(field: str, value: Any) -> Any:

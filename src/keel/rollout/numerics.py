@@ -39,7 +39,7 @@ def round_fp8(weight: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows n"]:
     return (weight / scale).to(torch.float8_e4m3fn).to(weight.dtype) * scale
 
 
-def _row_scale(weight: Tensor, largest: float) -> Tensor:
+def _row_scale(weight: Tensor, largest: float | int) -> Tensor:
     scale = weight.abs().amax(-1, keepdim=True) / largest
     return torch.where(scale > 0, scale, 1.0)
 
