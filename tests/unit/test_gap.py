@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from keel.gap.measure import clustered_mean, explained_frac, measure, t95
 from keel.gap.remedies import remedies
 from keel.gap.temperature import fit_temperature
 from keel.gap.words import at_floor, explained, told
+from keel.tasks.task import get_task
 
 SMALL = {"train.threads": 1, "sampling.max_completion_tokens": 16}
 
@@ -201,6 +203,14 @@ def test_without_a_gap_nothing_is_touched():
 
 
 # ── the command ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tasks_once():
+    """Thousands of gold answers are checked when a task is made: once is enough here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("keel.run.get_task", cache(get_task))
+        yield
 
 
 @pytest.fixture(scope="module")
