@@ -12,6 +12,7 @@ import torch
 from keel.diagnostics import check_names, measure, metrics_markdown
 from keel.diagnostics.metrics import FAMILIES, METRICS, metric
 from keel.errors import KeelError
+from keel.objectives.corrections import MaskToken
 from keel.objectives.recipes import recipe
 from keel.types import Batch
 
@@ -86,6 +87,12 @@ def test_numbers():
         "gap/max_abs_nats": 0.1,
         "gap/k3_nats": 2 * (math.exp(0.1) - 1.1) / 9,
         "gap/weight_mean": (7 + 2 * math.exp(0.1)) / 9,
+        "gap/chi2": 2 * (math.exp(0.1) - 1) ** 2 / 9,
+        "gap/outside_frac": 2 / 9,
+        "gap/positive_frac": 1.0,
+        "gap/ess_frac": (7 + 2 * math.exp(0.1)) ** 2 / (9 * (7 + 2 * math.exp(0.2))),
+        "gap/sequence_ess_frac": (3 + math.exp(0.2)) ** 2 / (4 * (3 + math.exp(0.4))),
+        "gap/sequence_max_abs_nats": 0.2,
         "kl/ref_k1_nats": math.log(1.5) / 9,
         "kl/ref_k3_nats": (1 / 1.5 - 1 + math.log(1.5)) / 9,
         "kl/ref_max_abs_nats": math.log(1.5),
@@ -94,6 +101,19 @@ def test_numbers():
     for name, value in expected.items():
         assert got[name] == pytest.approx(value, rel=1e-5, abs=1e-9), name
     assert set(got) - set(expected) == {"advantage/std"}
+    check_names(got)
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_what_corrections_reject_is_counted_whether_it_leaves_or_not(leaves):
+    """Two of nine tokens, all of one of four completions, have a ratio of 1.105."""
+    objective = replace(OBJECTIVE, corrections=(MaskToken(0.9, 1.1, leaves=leaves),))
+    got = numbers(make_batch(), LOGP, objective)
+    assert got["gap/rejected_frac"] == pytest.approx(2 / 9)
+    assert got["gap/rejected_completions_frac"] == pytest.approx(1 / 4)
+    assert got["tokens/step"] == (7 if leaves else 9)
+    assert got["gap/max_abs_nats"] == pytest.approx(0.0 if leaves else 0.1)
+    assert got["gap/correction_mean"] == pytest.approx(1.0 if leaves else 3 / 5)  # of the tokens with an advantage
     check_names(got)
 
 

@@ -6,7 +6,7 @@ Pure; every function takes [B, T] and a mask, and gives a number without dimensi
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from keel.objectives.signals import keep
@@ -25,12 +25,15 @@ def outside_frac(gap: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[
     return (mask & ~((ratio >= OUTSIDE[0]) & (ratio <= OUTSIDE[1]))).sum().double() / mask.sum()
 
 
-def pearson(logp_old: Float[Tensor, "B T"], logp_rollout: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, ""]:
-    """Correlation over tokens of the trainer's with the engine's probability; NaN where either never varies."""
+def pearson(
+    logp_old: Float[Tensor, "B T"], logp_rollout: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
+    """Correlation over tokens of the trainer's with the engine's probability, and of how many: 0 where either never varies."""
     count = mask.sum()
     a, b = (keep(logp.double().exp(), mask) for logp in (logp_old, logp_rollout))
     a, b = (keep(p - p.sum() / count, mask) for p in (a, b))
-    return (a * b).sum() / (a.square().sum() * b.square().sum()).sqrt()
+    spread = (a.square().sum() * b.square().sum()).sqrt()
+    return (a * b).sum() / spread, count * (spread != 0)
 
 
 def ess_frac(log_weight: Float[Tensor, "*N"], where: Bool[Tensor, "*N"]) -> Float[Tensor, ""]:

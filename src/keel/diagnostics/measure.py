@@ -140,8 +140,8 @@ def _gap(out: Measured, view: TokenView, batch: Batch) -> None:
     count, completions = view.mask.sum(), view.mask.any(1)
     out["gap/chi2"] = gap.chi_square(view.gap, view.mask), count
     out["gap/outside_frac"] = gap.outside_frac(view.gap, view.mask), count
-    out["gap/positive_frac"] = ((view.gap > 0) & view.mask).sum() / (((view.gap != 0) & view.mask).sum()).clamp(min=1), count
-    out["gap/pearson"] = gap.pearson(view.gap + keep(batch.logp_rollout, view.mask), batch.logp_rollout, view.mask), count
+    out.mean("gap/positive_frac", view.gap > 0, view.mask & (view.gap != 0))
+    out["gap/pearson"] = gap.pearson(view.gap + keep(batch.logp_rollout, view.mask), batch.logp_rollout, view.mask)
     out["gap/ess_frac"] = gap.ess_frac(view.gap, view.mask), count
     whole = gap.sequence_log_weight(view.gap, view.mask)
     out["gap/sequence_ess_frac"] = gap.ess_frac(whole, completions), completions.sum()

@@ -129,7 +129,7 @@ def measure(
         chi2=float(chi_square(gap, mask)),
         max_abs_nats=float(flat.abs().max()),
         outside_frac=float(outside_frac(gap, mask)),
-        pearson=float(pearson(logp_old, logp_rollout, mask)),
+        pearson=float(pearson(logp_old, logp_rollout, mask)[0]),
         ess_frac=float(ess_frac(gap, mask)),
         sequence_ess_frac=float(ess_frac(whole, mask.any(1))),
         sequence_min_nats=float(whole[mask.any(1)].min()),
