@@ -232,7 +232,7 @@ def _work(
             else:
                 with lock:
                     loaded = _load(sampler.engine, layout.views(buffer), int(shared_version.value), loaded)
-            made = Made(sampler.batch(step), loaded, sampler.stream.taken)
+            made = Made(sampler.batch(step), sampler.engine.version, sampler.stream.taken)
             pipe.send_bytes(pickle.dumps(("made", made)))
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         return
