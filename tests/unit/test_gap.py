@@ -145,6 +145,8 @@ def test_noise_is_not_explained_by_the_probability_and_a_temperature_is():
     mu = logp(logits, token)[mask]
     noise = 0.1 * torch.randn(mu.shape, generator=generator(1), dtype=mu.dtype)
     assert explained_frac(noise, mu.exp()) < 0.02
+    few = [explained_frac(torch.randn(60, generator=generator(s)), torch.rand(60, generator=generator(99 + s))) for s in range(50)]
+    assert sum(few) / 50 < 0.04  # what chance gives six classes of ten is taken off; it would be .085
     assert explained_frac(logp(logits, token, 1.2)[mask] - mu, mu.exp()) > 0.3
 
 

@@ -17,7 +17,6 @@ HARMLESS = 1e-4  # nats: what fp32 engines reach
 MASS = 1e-3  # a mean weight nearer to 1 than this is not worth a sentence
 LEANS = 0.1  # from this far away from a half the share of gaps above 0 is called lopsided
 EXPLAINED = 0.1  # share of the gap's variance from which its dependence on the probability is called a bias
-ONE_SIDED = 0.02  # share of gaps above 0 below which the engine only ever has more: a cut, for a temperature gives some less
 USUAL = {"format": "fp32", "weight_bits": None, "head_format": None, "order": "fused", "router_noise": 0.0, "sync_every": 1}
 MUCH = 0.9  # share of the sequence weights' effective samples from which whole-sequence corrections cost little
 
@@ -119,7 +118,7 @@ def _size(found: Found) -> str:
 
 def _temperature(found: Found) -> str:
     fit, taken = found.fit, _share(_taken(found.fit))
-    if not _other_temperature(found):
+    if not fit.misreported:
         return f"Temperature: no fault. The best fit is × {fit.squared:.3f}, which takes {taken} of the mean square gap away."
     said = f"Temperature fault: at × {fit.squared:.2f} of the trainer's temperature {taken} of the mean square gap is gone. "
     if fit.misdrawn:
@@ -135,13 +134,9 @@ def _temperature(found: Found) -> str:
     )
 
 
-def _other_temperature(found: Found) -> bool:
-    return found.fit.misreported and found.gap.positive.mean > ONE_SIDED
-
-
 def _mass(found: Found) -> str:
     weight = found.gap.weight
-    if not _biased(weight) or _other_temperature(found):
+    if not _biased(weight) or found.fit.misreported:
         return ""
     said = f"Mass: the mean ratio is {weight.mean:.4f}, and rounding alone leaves it at 1. "
     if weight.mean > 1:
@@ -192,7 +187,7 @@ def _sequences(gap: Gap) -> str:
 
 
 def _advice(found: Found) -> str:
-    if _other_temperature(found) or _biased(found.gap.weight):
+    if found.fit.misreported or _biased(found.gap.weight):
         return "Mend that first: corrections would hide the fault and not remove it."
     mild = [r.name for r in found.remedies if r.kept_frac > 0.99 and r.capped_frac < 0.01]
     harsh = [f"{r.name} ({_share(r.kept_frac)} kept)" for r in found.remedies if r.kept_frac < 0.9]
