@@ -50,7 +50,7 @@ def test_numbers_by_hand():
     assert got.k3_nats == pytest.approx(((2 - 1 - math.log(2)) + (0.5 - 1 + math.log(2))) / 3, rel=1e-5)  # = .5/3
     assert got.chi2 == pytest.approx((1 + 0.25) / 3, rel=1e-5)
     assert got.max_abs_nats == pytest.approx(math.log(2), rel=1e-5)
-    assert got.outside_frac == pytest.approx(2 / 3)
+    assert (got.outside_frac, got.above_frac) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
     assert got.weight.mean == pytest.approx(3.5 / 3, rel=1e-5)
     assert got.ess_frac == pytest.approx(3.5**2 / (3 * 5.25), rel=1e-5)
     assert got.sequence_ess_frac == pytest.approx(1.0, rel=1e-5)  # 2 · ½ and 1
@@ -262,6 +262,11 @@ def test_replayed_truncation_is_at_the_floor(found):
 def test_few_bits_flatten(found):
     said = " ".join(explained(found(engine__weight_bits=3)))
     assert "Bias:" in said and "flatter than" in said and "throw away more than 10 %: reject_geometric" in said
+
+
+def test_a_wreck_is_neither_a_temperature_nor_a_cut(found):
+    said = " ".join(explained(found(engine__weight_bits=2)))
+    assert "Temperature: no fault" in said and "Mass:" not in said and "Wreck:" in said
 
 
 def test_the_table(found):

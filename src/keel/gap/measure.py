@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from keel.diagnostics.gap import chi_square, ess_frac, outside_frac, pearson, sequence_log_weight
+from keel.diagnostics.gap import OUTSIDE, chi_square, ess_frac, outside_frac, pearson, sequence_log_weight
 from keel.objectives.kl import k3
 
 PROBABILITIES = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)
@@ -66,7 +66,7 @@ class Gap:
         k3_nats: mean of w − 1 − gap, unbiased for the same and never negative.
         chi2: mean of (w − 1)².
         max_abs_nats: largest |gap|.
-        outside_frac: tokens with w outside [.9, 1.1].
+        outside_frac, above_frac: tokens with w outside [.9, 1.1], and above it.
         pearson: correlation of the two probabilities over tokens.
         ess_frac, sequence_ess_frac: effective share of tokens under w, of completions under Πw.
         sequence_min_nats, sequence_max_nats: smallest and largest log Πw of a completion.
@@ -84,6 +84,7 @@ class Gap:
     chi2: float
     max_abs_nats: float
     outside_frac: float
+    above_frac: float
     pearson: float
     ess_frac: float
     sequence_ess_frac: float
@@ -129,6 +130,7 @@ def measure(
         chi2=float(chi_square(gap, mask)),
         max_abs_nats=float(flat.abs().max()),
         outside_frac=float(outside_frac(gap, mask)),
+        above_frac=float((flat > math.log(OUTSIDE[1])).double().mean()),
         pearson=float(pearson(logp_old, logp_rollout, mask)[0]),
         ess_frac=float(ess_frac(gap, mask)),
         sequence_ess_frac=float(ess_frac(whole, mask.any(1))),

@@ -35,8 +35,9 @@ class Fit:
 
     @property
     def misreported(self) -> bool:
-        """Whether another temperature explains most of the gap."""
-        return abs(math.log(self.squared)) > OFF and self.rms_best_nats**2 <= (1 - HEALED) * self.rms_nats**2
+        """Whether another temperature, within the grid, explains nearly all of the gap."""
+        other = abs(math.log(self.squared)) > OFF and GRID[0] < self.squared < GRID[-1]
+        return other and self.rms_best_nats**2 <= (1 - HEALED) * self.rms_nats**2
 
     @property
     def misdrawn(self) -> bool | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from keel.gap.measure import Bin, Gap, Interval
+from keel.gap.measure import Bin, Gap
 from keel.gap.remedies import Remedy
 from keel.gap.temperature import Fit
 
@@ -18,6 +18,8 @@ MASS = 1e-3  # a mean weight nearer to 1 than this is not worth a sentence
 LEANS = 0.1  # from this far away from a half the share of gaps above 0 is called lopsided
 EXPLAINED = 0.1  # share of the gap's variance from which its dependence on the probability is called a bias
 USUAL = {"format": "fp32", "weight_bits": None, "head_format": None, "order": "fused", "router_noise": 0.0, "sync_every": 1}
+WRECKED = 0.4  # share of ratios outside [.9, 1.1] from which nobody should ask whether it is noise
+ONE_SIDED = 0.01  # share of ratios above 1.1 up to which a low mean ratio is a cut: a cut makes none
 MUCH = 0.9  # share of the sequence weights' effective samples from which whole-sequence corrections cost little
 
 
@@ -136,7 +138,7 @@ def _temperature(found: Found) -> str:
 
 def _mass(found: Found) -> str:
     weight = found.gap.weight
-    if not _biased(weight) or found.fit.misreported:
+    if not _biased(found.gap) or found.fit.misreported:
         return ""
     said = f"Mass: the mean ratio is {weight.mean:.4f}, and rounding alone leaves it at 1. "
     if weight.mean > 1:
@@ -147,12 +149,18 @@ def _mass(found: Found) -> str:
     )
 
 
-def _biased(weight: Interval) -> bool:
-    return weight.excludes(1.0) and abs(weight.mean - 1.0) >= MASS
+def _biased(gap: Gap) -> bool:
+    """Whether the mean ratio is off, beyond doubt. One below 1 may hang on high ratios too rare to be drawn; but then some are."""
+    off = gap.weight.excludes(1.0) and abs(gap.weight.mean - 1.0) >= MASS
+    return off and (gap.weight.mean > 1 or gap.above_frac < ONE_SIDED)
 
 
 def _noise(found: Found) -> str:
     gap = found.gap
+    if gap.outside_frac > WRECKED:
+        return (
+            f"Wreck: {_share(gap.outside_frac)} of the ratios lie outside [.9, 1.1]. That is another policy, and not a rounded one."
+        )
     lopsided = gap.positive.excludes(0.5) and abs(gap.positive.mean - 0.5) > LEANS
     above, explained = _share(gap.positive.mean), _share(gap.explained_frac)
     figures = f"{above} of the gaps are above 0, and a token's probability explains {explained} of their variance"
@@ -187,7 +195,7 @@ def _sequences(gap: Gap) -> str:
 
 
 def _advice(found: Found) -> str:
-    if found.fit.misreported or _biased(found.gap.weight):
+    if found.fit.misreported or _biased(found.gap):
         return "Mend that first: corrections would hide the fault and not remove it."
     mild = [r.name for r in found.remedies if r.kept_frac > 0.99 and r.capped_frac < 0.01]
     harsh = [f"{r.name} ({_share(r.kept_frac)} kept)" for r in found.remedies if r.kept_frac < 0.9]
