@@ -18,9 +18,11 @@ from keel.types import Sampling
 
 from .test_laws import long_prompts, nudge, prompts
 
+on_tiny = pytest.mark.parametrize("shared", ["tiny-dense"], indirect=True)
 SEED, SHORT = Seed(0, 0), Sampling(max_completion_tokens=8)
 
 
+@on_tiny
 def test_a_tensor_that_is_not_handed_over_is_named_and_the_old_weights_stay(engine):
     weights = dict(engine.policy.weights())
     weights.pop("model.norm.weight")
@@ -29,6 +31,7 @@ def test_a_tensor_that_is_not_handed_over_is_named_and_the_old_weights_stay(engi
     assert engine.version == 0 and engine.generate(prompts(engine.policy), SHORT, SEED, 1)
 
 
+@on_tiny
 @pytest.mark.parametrize("name", ["model.layers.1.self_attn.k_proj.weight", "model.embed_tokens.weight"])
 def test_a_tensor_lost_on_the_way_is_named_and_a_whole_sync_mends_it(engine, monkeypatch, name):
     stage = engine._stage
@@ -43,6 +46,7 @@ def test_a_tensor_lost_on_the_way_is_named_and_a_whole_sync_mends_it(engine, mon
     assert engine.generate(prompts(engine.policy), SHORT, SEED, 1)
 
 
+@on_tiny
 def test_a_tensor_changed_on_the_way_is_named(engine, monkeypatch):
     stage = engine._stage
 
@@ -56,6 +60,7 @@ def test_a_tensor_changed_on_the_way_is_named(engine, monkeypatch):
         engine.load(engine.policy.weights(), 1)
 
 
+@on_tiny
 def test_a_prefix_cache_of_older_weights_is_found_by_the_probe(engine, monkeypatch):
     engine.load(engine.policy.weights(), 0)  # the probe's own prompts are in the cache now
     monkeypatch.setattr(engine, "_reset_prefix_cache", lambda: True)
@@ -64,6 +69,7 @@ def test_a_prefix_cache_of_older_weights_is_found_by_the_probe(engine, monkeypat
         engine.load(engine.policy.weights(), 1)
 
 
+@on_tiny
 def test_a_prefix_cache_that_cannot_be_emptied_is_named(engine, monkeypatch):
     monkeypatch.setattr(engine, "_reset_prefix_cache", lambda: False)
     with pytest.raises(KeelError, match="did not empty its prefix cache"):
@@ -109,6 +115,7 @@ def test_an_engine_that_hangs_is_named_in_time_and_ended(tiny, start):
     assert not any(process.is_alive() for process in processes)
 
 
+@on_tiny
 def test_ctrl_c_does_not_reach_it(engine):
     worker = engine.processes[0].pid
     os.kill(worker, signal.SIGINT)
