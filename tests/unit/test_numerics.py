@@ -178,6 +178,7 @@ def test_another_order_in_fp32_is_still_within_rounding(sharp):
     policy = sharp("qwen3_moe")
     engine = LocalEngine(policy, numerics=Numerics(order="separate"))
     gap = gaps(policy, engine)
+    assert engine.exact
     assert float(gap.abs().max()) < 1e-4
     assert not torch.equal(gap, gaps(policy, LocalEngine(policy)))
 
@@ -267,6 +268,8 @@ def test_settings_reach_the_engine(sharp):
 def test_the_default_engine_is_exact(tiny_policy):
     assert engine_of(load_config("solid").engine, tiny_policy).exact
     assert LocalEngine(tiny_policy, numerics=Numerics(head_format="fp32")).exact
+    for inexact in ({"sync_every": 2}, {"hidden": {"top_p": 0.9}}, {"numerics": Numerics(head_format="int8")}):
+        assert not LocalEngine(tiny_policy, **inexact).exact
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ class Numerics:
     @property
     def exact(self) -> bool:
         """Whether nothing differs from the trainer but the last bits of fp32 sums."""
-        return self == EXACT or self == Numerics(head_format="fp32")
+        return self.format == self.head == "fp32" and self.weight_bits is None and self.router_noise == 0.0
 
     @property
     def dtype(self) -> torch.dtype | None:
