@@ -92,9 +92,9 @@ def check_probe(found: Probe, dtype: str, version: int) -> None:
     if not found.largest <= limit:
         raise KeelError(
             f"Probe of version {version}: the engine's log-probabilities differ by up to {found.largest:.2g} nats "
-            f"({found.mean:.2g} in the mean) from a forward pass at the weights that it was sent; at most {limit:g} was expected "
-            f"in {dtype}. It samples from other weights, keeps a prefix cache of older ones, or computes this architecture otherwise. "
-            "Do not train on it."
+            f"({found.mean:.2g} in the mean) from a forward pass at the weights that it was sent; at most {limit:g} was "
+            f"expected in {dtype}. It samples from other weights, keeps a prefix cache of older ones, or computes this "
+            "architecture otherwise. Do not train on it."
         )
 
 

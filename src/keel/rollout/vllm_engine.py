@@ -69,7 +69,11 @@ class VllmEngine:
         self.vllm = import_vllm()
         self._refuse_daemon()
         self.llm = self._bounded(self._start, "starting")
-        self.load(policy.weights(), 0)
+        try:
+            self.load(policy.weights(), 0)
+        except KeelError:
+            self.close()
+            raise
 
     # ---- the contract ------------------------------------------------------------------------------------------------
 
