@@ -40,6 +40,22 @@ def checksum(weights: Mapping[str, Tensor]) -> str:
     return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
 
 
+def check_complete(weights: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], version: int) -> None:
+    """Every tensor that an engine of weights `version` expects was handed over, in its shape.
+
+    Raises:
+        KeelError: naming the first that was not; the engine keeps its old weights.
+    """
+    for name, shape in shapes.items():
+        found = weights.get(name)
+        if found is None or found.shape != shape:
+            what = "did not arrive" if found is None else f"arrived as {tuple(found.shape)}"
+            raise KeelError(
+                f"Weight sync: tensor {name!r} {what}; expected shape {tuple(shape)}. The engine keeps version {version}. "
+                "Hand `load` everything that `Policy.weights()` names."
+            )
+
+
 def check_arrival(sent: Mapping[str, Tensor], arrived: Mapping[str, Tensor], version: int) -> None:
     """Every tensor that was sent stands in `arrived`, bit for bit, and nothing else does.
 

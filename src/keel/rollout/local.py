@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from keel.errors import KeelError
+from keel.models.checksum import check_complete
 from keel.models.decoder import Router, supports
 from keel.models.lora import plain_shapes
 from keel.models.policy import Policy
@@ -69,7 +70,7 @@ class LocalEngine:
             KeelError: a tensor is missing or has another shape; it is named, and the old weights stay.
         """
         if self.behind + 1 < self.sync_every:
-            self._check_arrival(weights)
+            check_complete(weights, plain_shapes(self.policy.base), self.version)
             self.behind += 1
             return self.checksum
         return self.take(weights, version)
@@ -77,7 +78,7 @@ class LocalEngine:
     @torch.no_grad()
     def take(self, weights: Mapping[str, Tensor], version: int) -> str:
         """`load`, whether it is time to or not."""
-        self._check_arrival(weights)
+        check_complete(weights, plain_shapes(self.policy.base), self.version)
         base = self.policy.base
         self.forward = None  # the old copy leaves before the new one is made: never two in memory
         if supports(base.config):
@@ -93,16 +94,6 @@ class LocalEngine:
         """Drop the copy of the weights, unless it is used on: after an update it is stale, and training can use the memory."""
         if self.sync_every == 1:
             self.forward = None
-
-    def _check_arrival(self, weights: Mapping[str, Tensor]) -> None:
-        for name, shape in plain_shapes(self.policy.base).items():
-            found = weights.get(name)
-            if found is None or found.shape != shape:
-                what = "did not arrive" if found is None else f"arrived as {tuple(found.shape)}"
-                raise KeelError(
-                    f"Weight sync: tensor {name!r} {what}; expected shape {tuple(shape)}. The engine keeps version "
-                    f"{self.version}. Hand `load` everything that `Policy.weights()` names."
-                )
 
     def describe(self) -> dict[str, object]:
         """For the manifest: which engine, and what it takes from nowhere but the run's own sampling parameters."""

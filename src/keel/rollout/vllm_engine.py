@@ -21,7 +21,7 @@ from torch import Tensor
 
 from keel.config import EngineSettings
 from keel.errors import KeelError
-from keel.models.checksum import checksum, fingerprints
+from keel.models.checksum import check_complete, checksum, fingerprints
 from keel.models.lora import plain_shapes
 from keel.models.policy import Policy
 from keel.rollout.engine import Seed
@@ -106,7 +106,7 @@ class VllmEngine:
             KeelError: a tensor is missing (the old weights stay), did not arrive, or is not what the layers compute with; the
                 prefix cache could not be emptied; or the probe found other log-probabilities. The engine then sleeps.
         """
-        self._check_complete(weights)
+        check_complete(weights, plain_shapes(self.policy.base), self.version)
         self.awake = False
         self._exchange(weights, version)
         if not self._bounded(self._reset_prefix_cache, "emptying its prefix cache"):
@@ -179,16 +179,6 @@ class VllmEngine:
             )
 
     # ---- weights -----------------------------------------------------------------------------------------------------
-
-    def _check_complete(self, weights: Mapping[str, Tensor]) -> None:
-        for name, shape in plain_shapes(self.policy.base).items():
-            found = weights.get(name)
-            if found is None or found.shape != shape:
-                what = "did not arrive" if found is None else f"arrived as {tuple(found.shape)}"
-                raise KeelError(
-                    f"Weight sync: tensor {name!r} {what}; expected shape {tuple(shape)}. The engine keeps version "
-                    f"{self.version}. Hand `load` everything that `Policy.weights()` names."
-                )
 
     def _exchange(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Send, in the engine's number format, and compare what the worker read and what its layers hold with what was sent."""
