@@ -41,6 +41,9 @@ class SaysEngine:
     def load(self, weights, version):
         raise AssertionError("evaluation never changes weights")
 
+    def sleep(self):
+        raise AssertionError("evaluation never puts an engine to sleep")
+
     def describe(self):
         return {}
 
