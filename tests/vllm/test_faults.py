@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from multiprocessing.connection import wait
 
 import pytest
 import torch
@@ -112,7 +113,7 @@ def test_an_engine_that_hangs_is_named_in_time_and_ended(tiny, start):
     with pytest.raises(KeelError, match="gave no answer within 3 s while sampling 4 completions"):
         engine.generate(prompts(tiny), SHORT, SEED, 1)
     assert time.perf_counter() - begin < 30
-    assert not any(process.is_alive() for process in processes)
+    assert all(wait([process.sentinel], 0) for process in processes)
 
 
 @on_tiny

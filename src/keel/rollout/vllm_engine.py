@@ -13,6 +13,7 @@ import signal
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import resource_tracker
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -149,11 +150,10 @@ class VllmEngine:
         self.awake, self.dead = False, self.dead or "it was closed"
         for process in self.processes:
             process.terminate()
-        for process in self.processes:
-            process.join(5.0)
-            if process.is_alive():
+        for process in self.processes:  # by their sentinels: vLLM's own watcher may have taken the exit code before us
+            if not wait([process.sentinel], 5.0):
                 process.kill()
-                process.join(5.0)
+                wait([process.sentinel], 5.0)
         self.processes = []
 
     # ---- starting ----------------------------------------------------------------------------------------------------
