@@ -46,7 +46,7 @@ def char_tokenizer(
 
 
 def tiny_model(kind: str = "qwen3", seed: int = 0, vocab_size: int | None = None, **changes):
-    """A random model of 2 layers and 10 to 30 thousand parameters; the global random state stays as it was."""
+    """A random model of 2 layers (DeepSeek: 3) and 10 to 30 thousand parameters; the global random state stays as it was."""
     import transformers
 
     vocab_size = vocab_size or len(CHARACTERS) + 5
@@ -56,7 +56,19 @@ def tiny_model(kind: str = "qwen3", seed: int = 0, vocab_size: int | None = None
         intermediate_size=48, max_position_embeddings=128, tie_word_embeddings=True,
     )  # fmt: skip
     moe = dict(moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True, decoder_sparse_step=1)
+    mixtral = dict(num_local_experts=4, num_experts_per_tok=2)
+    deepseek = moe | dict(
+        n_routed_experts=8, n_shared_experts=1, first_k_dense_replace=1, num_hidden_layers=3, n_group=2, topk_group=1,
+        q_lora_rank=None, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, head_dim=8,
+        num_key_value_heads=2,
+    )  # fmt: skip
     kinds = {
+        "mixtral": (transformers.MixtralConfig, llama | mixtral),
+        "olmoe": (transformers.OlmoeConfig, llama | moe | dict(num_key_value_heads=2)),
+        "qwen2_moe": (transformers.Qwen2MoeConfig, llama | moe | dict(shared_expert_intermediate_size=16)),
+        "deepseek_v2": (transformers.DeepseekV2Config, llama | deepseek | dict(topk_method="group_limited_greedy")),
+        "deepseek_v3": (transformers.DeepseekV3Config, llama | deepseek),
+        "phimoe": (transformers.PhimoeConfig, llama | mixtral),
         "qwen3": (transformers.Qwen3Config, llama),
         "llama": (transformers.LlamaConfig, llama),
         "qwen3_moe": (transformers.Qwen3MoeConfig, llama | moe),
@@ -71,7 +83,7 @@ def tiny_model(kind: str = "qwen3", seed: int = 0, vocab_size: int | None = None
 
 @pytest.fixture
 def make_policy():
-    """make_policy("qwen3" | "llama" | "qwen3_moe" | "gpt2", seed=0, **config) → a random Policy over characters."""
+    """make_policy("qwen3" | "llama" | "qwen3_moe" | "gpt2" | …, seed=0, **config) → a random Policy over characters."""
 
     def make(kind: str = "qwen3", seed: int = 0, **changes):
         from keel.models.policy import Policy

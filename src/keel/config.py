@@ -73,6 +73,9 @@ class TrainSettings(Section):
         ge=0,
         description="versions by which a sampled batch may lag at its last update; above 0 a worker samples ahead, 0 = in turn",
     )
+    routing_replay: Literal["none", "R2", "R3"] = Field(
+        "none", description="of a mixture: R2 = the trainer's experts at the sampling weights, R3 = the engine's own"
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads; none = torch's choice")
     device: str = Field("cpu", description="where the policy lives: cpu, cuda, cuda:1 ...")
 
@@ -163,6 +166,9 @@ class EngineSettings(Section):
     hidden_top_p: float | None = Field(None, gt=0, le=1, description="it cuts off like this and does not tell: a classic fault")
     threads: int | None = Field(None, ge=1, description="CPU threads of a worker that samples ahead; none = half of them")
     timeout_s: float = Field(600.0, gt=0, description="seconds within which a batch must come from a worker or a server")
+    routed_experts: bool = Field(
+        False, description="vLLM says where tokens of a mixture went, for R3; the local engine always does"
+    )
     kv_cache_gb: float = Field(1.0, gt=0, description="memory of vLLM's keys and values")
     max_model_len: int | None = Field(
         None, ge=2, description="longest prompt + completion that vLLM makes room for; none = the model's"
@@ -229,6 +235,7 @@ class RunConfig(Section):
         _refuse_no_room_ahead(self)
         _refuse_idle_corrections(self)
         _refuse_stale_twice(self)
+        _refuse_unheard_routing(self)
         return self
 
     def chosen(self) -> Recipe:
@@ -358,6 +365,15 @@ def _refuse_stale_twice(config: RunConfig) -> None:
         raise KeelError(
             f"engine.sync_every is {config.engine.sync_every} and train.max_staleness is {config.train.max_staleness}: both make "
             "old weights sample. Expected one: sync_every skips syncs while sampling in turn, max_staleness samples ahead."
+        )
+
+
+def _refuse_unheard_routing(config: RunConfig) -> None:
+    engine = config.engine
+    if config.train.routing_replay == "R3" and engine.name == "vllm" and not engine.routed_experts:
+        raise KeelError(
+            "train.routing_replay is R3, which replays the engine's experts, and engine.routed_experts is false: vLLM would not "
+            "say which they were. Set engine.routed_experts = true, or replay the trainer's own (R2)."
         )
 
 

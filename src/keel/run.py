@@ -73,12 +73,18 @@ class Run:
         console.print(f"curves   {self.folder.curves}\nrun      {self.folder.path}", highlight=False, soft_wrap=True)
 
 
-def train(config: RunConfig | str = "solid", *, engine: MakeEngine | None = None, quiet: bool = False, **overrides: Any) -> Run:
+def train(
+    config: RunConfig | str = "solid",
+    *,
+    engine: MakeEngine | dict[str, Any] | None = None,
+    quiet: bool = False,
+    **overrides: Any,
+) -> Run:
     """Train, from settings to a run folder.
 
     Args:
         config: settings, or what `load_config` takes: a recipe, a shipped configuration, a TOML file.
-        engine: policy → the engine that samples; the local one unless given.
+        engine: settings of the engine ({"format": "bf16"}), or a function policy → the engine that samples.
         quiet: show no progress.
         overrides: settings on top: model="tiny-dense", train={"lr": 1e-4}, **{"sampling.temperature": 0.8}.
 
@@ -86,6 +92,8 @@ def train(config: RunConfig | str = "solid", *, engine: MakeEngine | None = None
         KeelError: the settings, the model, the task or the folder cannot be used; or training cannot go on.
         Interrupted: Ctrl-C; the run is saved and can be resumed.
     """
+    if isinstance(engine, dict):
+        engine, overrides = None, overrides | {"engine": engine}
     config = load_config(config, overrides) if isinstance(config, str) else config.replaced(overrides)
     parts = assemble(config.resolved(), make_engine=engine)
     trainer = Trainer(parts.policy, parts.engine, parts.task, parts.recipe, parts.config)
@@ -222,6 +230,7 @@ class _Session:
                     self._stop_if_asked(stop, record.batch_ends)
         finally:
             self.trainer.close()
+            getattr(self.parts.engine, "close", lambda: None)()
             self.display.close()
             for writer in self.writers:
                 writer.close()

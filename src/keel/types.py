@@ -73,7 +73,9 @@ class Completion:
         versions: [T], the weights' version that sampled each token.
         sampled: [T], True where the policy sampled the token; False for tool or environment tokens.
         kept: [T, V] bool or None: tokens that truncation left; None when sampling was not truncated.
-        experts: [T, layers, top_k] or None: experts chosen by an MoE engine.
+        experts: [T, layers, top_k] or None: experts that an MoE engine sent each token to; −1 where unknown. The last token was
+            sampled and never passed through the engine, so its experts always are.
+        prompt_experts: [prompt, layers, top_k] or None: the same of the prompt's tokens.
         error: why the engine failed, where finish is "error".
     """
 
@@ -87,6 +89,7 @@ class Completion:
     sampled: Bool[Tensor, " T"]
     kept: Bool[Tensor, "T V"] | None = None
     experts: Int[Tensor, "T layers top_k"] | None = None
+    prompt_experts: Int[Tensor, "prompt layers top_k"] | None = None
     error: str = ""
 
 
@@ -176,7 +179,9 @@ class Batch:
         logp_old: [B, T] or None: the trainer at the sampling weights.
         logp_ref: [B, T] or None: the reference model.
         kept: [B, T, V] bool or None: sampling mask to replay.
-        experts: [B, L, layers, top_k] or None: routing to replay.
+        experts: [B, L, layers, top_k] or None: routing to replay, of prompt and completion; −1 is unknown, and chosen anew.
+        experts_rollout: the same, as the engine chose.
+        experts_old: the same, as the trainer at the sampling weights would choose by itself.
     """
 
     tokens: Int[Tensor, "B L"]
@@ -194,6 +199,8 @@ class Batch:
     logp_ref: Float[Tensor, "B T"] | None = None
     kept: Bool[Tensor, "B T V"] | None = None
     experts: Int[Tensor, "B L layers top_k"] | None = None
+    experts_rollout: Int[Tensor, "B L layers top_k"] | None = None
+    experts_old: Int[Tensor, "B L layers top_k"] | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]

@@ -26,6 +26,7 @@ from keel.rollout.vllm_parts import (
     refuse_truncated,
     sampling_fields,
     seed_of,
+    split_routing,
     staging_folder,
     within,
     write_architecture,
@@ -70,6 +71,20 @@ def test_routed_experts_are_refused_on_a_cpu():
     with pytest.raises(KeelError, match="newer model runner, which needs Triton"):
         refuse_routed_experts("cpu")
     refuse_routed_experts("cuda")
+
+
+def test_a_record_of_routing_is_split_where_the_completion_begins():
+    told = torch.arange(6 * 2 * 3).view(6, 2, 3).numpy()
+    for extra in (told[:5], told):  # with and without the last token, which was sampled and never read
+        prompt, completion = split_routing(extra, 2, 4)
+        assert torch.equal(prompt, torch.as_tensor(told[:2]).to(torch.int16))
+        assert torch.equal(completion[:3], torch.as_tensor(told[2:5]).to(torch.int16)) and (completion[3] == -1).all()
+
+
+@pytest.mark.parametrize("told", [None, torch.zeros(4, 2, 3).numpy()])
+def test_a_record_of_too_few_tokens_is_named(told):
+    with pytest.raises(KeelError, match="Expected at least 5"):
+        split_routing(told, 2, 4)
 
 
 def test_seeds_differ_in_each_part_and_fit_63_bits():

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from keel.diagnostics import gap
+from keel.diagnostics import gap, routing
 from keel.objectives.corrections import weight
 from keel.objectives.kl import k3
 from keel.objectives.objective import Objective
@@ -158,6 +158,37 @@ def _corrected(out: Measured, logp: Tensor, entropy: Tensor, batch: Batch, prepa
     out.mean("gap/rejected_frac", ~accepts, everyone)
     out.mean("gap/rejected_completions_frac", ~accepts.any(1), everyone.any(1))
     out.mean("gap/correction_mean", weight(objective.corrections, view), view.mask & (view.advantage != 0))
+
+
+@torch.no_grad()
+def measure_routing(batch: Batch, prepared: Prepared, experts: Int[Tensor, "B L layers k"], number: int) -> dict[str, float]:
+    """What can be said of a step's routing: the family moe.
+
+    Args:
+        batch: of the whole step; `experts` (replayed), `experts_rollout` and `experts_old` are compared where they are there.
+        experts: that every token would have gone to by itself in the step.
+        number: of experts in a layer.
+    """
+    out, mask = Measured(), prepared.mask
+    now = routing.at_predictions(experts, batch)
+    told = {
+        name: routing.at_predictions(value, batch)
+        for name in ("experts", "experts_rollout", "experts_old")
+        if (value := getattr(batch, name)) is not None
+    }
+    if "experts_rollout" in told:
+        trainer = told.get("experts_old", now)
+        out["moe/layers_differ_frac"], out["moe/tokens_differ_frac"] = routing.differing_fracs(
+            trainer, told["experts_rollout"], mask
+        )
+    if "experts_old" in told:
+        out["moe/layers_moved_frac"], out["moe/tokens_moved_frac"] = routing.differing_fracs(now, told["experts_old"], mask)
+    if "experts" in told:
+        out.mean("moe/replayed_frac", (told["experts"] >= 0).all(-1).all(-1), mask)
+    load = routing.loads(now, mask, number)
+    out["moe/load_max"] = load.amax(-1).mean() * number, mask.sum()
+    out["moe/idle_frac"] = (load == 0).double().mean(), mask.sum()
+    return out.numbers()
 
 
 def _reference(out: Measured, view: TokenView) -> None:

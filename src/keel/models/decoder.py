@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from keel.models.linear import apply_gated, apply_linear, fast_products, regular
 from keel.models.packing import Packing
+from keel.models.routing import UNKNOWN, Routing, followed
 
 RECOMPUTED = {"use_reentrant": False, "preserve_rng_state": False}
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
@@ -48,6 +49,8 @@ def supports(config) -> bool:
         and rope.get("rope_type", "default") == "default"
         and rope.get("partial_rotary_factor", 1.0) == 1.0
         and not window
+        and getattr(config, "decoder_sparse_step", 1) == 1
+        and not getattr(config, "mlp_only_layers", None)
     )
 
 
@@ -89,18 +92,20 @@ class Router:
         return cls(config.num_experts_per_tok, config.norm_topk_prob) if config.model_type.endswith("moe") else None
 
     def __call__(self, logits: Float[Tensor, "N experts"], chosen: Int[Tensor, "N k"] | None = None):
-        """Weights [N, k] and indices [N, k] of each token's experts.
+        """Weights [N, k] and indices [N, k] of the experts that each token goes to, and those [N, k] that it would choose itself.
 
-        With `chosen` given, those experts are taken, and their weights computed anew from the logits, so that the router learns.
+        With `chosen` given, those experts are taken (−1: the token's own), and their weights computed anew from the logits, so
+        that the router learns.
 
         Source: Stabilizing RL with LLMs, arXiv 2512.01374 (routing replay).
         """
         probs = logits.softmax(-1, dtype=torch.float32)
-        index = probs.topk(self.top_k, -1).indices if chosen is None else chosen
+        own = probs.topk(self.top_k, -1).indices
+        index = own if chosen is None else followed(own, chosen)
         weight = probs.gather(-1, index)
         if self.normalise:
             weight = weight / weight.sum(-1, keepdim=True)
-        return weight.to(logits.dtype), index
+        return weight.to(logits.dtype), index, own
 
 
 def mixture(
@@ -133,12 +138,18 @@ class Decoder:
     def __init__(self, model: nn.Module):
         self.trunk = model.model
         self.shape, self.router = Shape.of(model.config), Router.of(model.config)
+        experts = None if self.router is None else (self.shape.layers, model.config.num_experts, self.router.top_k)
+        self.routing = None if experts is None else Routing(*experts)
 
     def hidden(self, packing: Packing, experts: Int[Tensor, "N layers k"] | None = None):
-        """Final hidden states [N, d], after the last norm, and the experts that were chosen [N, layers, k] (None if dense)."""
+        """Final hidden states [N, d], after the last norm, and each node's own choice of experts [N, layers, k] (None if dense).
+
+        Args:
+            experts: to go to instead, where they are not −1.
+        """
         nodes, packing = len(packing), self._filled(packing)
         if experts is not None:
-            experts = F.pad(experts, (0, 0, 0, 0, 0, len(packing) - nodes))
+            experts = F.pad(experts, (0, 0, 0, 0, 0, len(packing) - nodes), value=UNKNOWN)
         x = self.trunk.embed_tokens(packing.tokens)
         turn = rotary(packing.positions, self.trunk.rotary_emb.inv_freq.float(), x.dtype)
         chosen: list[Tensor] = []
@@ -147,9 +158,9 @@ class Decoder:
             normed = self._norm(layer.post_attention_layernorm, x)
             if self.router is not None:
                 logits = F.linear(normed, layer.mlp.gate.weight)
-                weight, index = self.router(logits, None if experts is None else experts[:, depth])
+                weight, index, own = self.router(logits, None if experts is None else experts[:, depth])
                 x = x + mixture(layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj, normed, weight, index)
-                chosen.append(index)
+                chosen.append(own)
             else:
                 gate, up = apply_linear(layer.mlp.gate_proj, normed), apply_linear(layer.mlp.up_proj, normed)
                 x = x + apply_gated(layer.mlp.down_proj, gate, up)

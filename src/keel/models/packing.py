@@ -41,7 +41,12 @@ class Packing:
         return self.tokens.shape[0]
 
 
-def pack(tokens: Int[Tensor, "B L"], lengths: Int[Tensor, " B"], share: bool = True) -> Packing:
+def pack(
+    tokens: Int[Tensor, "B L"],
+    lengths: Int[Tensor, " B"],
+    share: bool = True,
+    routing: Int[Tensor, "B L layers k"] | None = None,
+) -> Packing:
     """The forest of a right-padded batch.
 
     Rows are sorted lexicographically; a row then shares with the row before it exactly their longest common prefix, and a column
@@ -50,18 +55,21 @@ def pack(tokens: Int[Tensor, "B L"], lengths: Int[Tensor, " B"], share: bool = T
     Args:
         tokens: anything beyond a row's length.
         lengths: ≥ 1.
-        share: False keeps every row apart (needed where equal prefixes may differ in routing or in kept tokens).
+        share: False keeps every row apart (needed where equal prefixes may differ in kept tokens).
+        routing: experts to be replayed; tokens that go to different ones share nothing from there on. Rows stand in the same order
+            as without, wherever equal prefixes have equal routing.
     """
     device, rows = tokens.device, tokens.shape[0]
     length = lengths.cpu().numpy()
     width = int(length.max())
     grid = np.arange(width) < length[:, None]
     table = np.where(grid, tokens[:, :width].cpu().numpy(), -1)
-    order = np.lexsort(table.T[::-1]) if share else np.arange(rows)
-    table, inside = table[order], grid[order]
+    key = table if routing is None else _told_apart(table, routing[:, :width].cpu().numpy())
+    order = np.lexsort(key.T[::-1]) if share else np.arange(rows)
+    table, key, inside = table[order], key[order], grid[order]
     shared = np.zeros(rows, dtype=np.int64)
     if share:
-        same = (table[1:] == table[:-1]) & inside[1:]
+        same = (key[1:] == key[:-1]) & inside[1:]
         shared[1:] = np.where(same.all(1), width, same.argmin(1))
     fresh = (np.arange(width) >= shared[:, None]) & inside
     number = np.cumsum(fresh.ravel()).reshape(rows, width) - 1
@@ -93,3 +101,11 @@ def pack(tokens: Int[Tensor, "B L"], lengths: Int[Tensor, " B"], share: bool = T
         place=tensor(place),
         lengths=lengths,
     )
+
+
+def _told_apart(table: np.ndarray, routing: np.ndarray) -> np.ndarray:
+    """One number for each (token, routing) in place of the token, in the tokens' order; −1 past a row's end."""
+    choices = np.ascontiguousarray(routing.reshape(table.size, -1))
+    whole = choices.view(np.dtype((np.void, choices.dtype.itemsize * choices.shape[1])))[:, 0]
+    kinds, number = np.unique(whole, return_inverse=True)
+    return np.where(table < 0, -1, table * len(kinds) + number.reshape(table.shape))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from keel.models.decoder import Decoder, supports
 from keel.models.head import token_logp
 from keel.models.packing import Packing, pack
+from keel.models.routing import UNKNOWN, Routers, Routing, check_replayable
 from keel.types import Batch
 
 
@@ -22,7 +25,8 @@ class TokenLogp:
     Args:
         logp: [B, T] nats at the sampling temperature, over kept tokens; 0 past a completion's end.
         entropy: [B, T] nats, of the distribution that the token was drawn from; 0 past the end.
-        experts: [B, L, layers, k] experts of every token, or None for a dense model.
+        experts: [B, L, layers, k] experts that every token would go to by itself (with replay: given where those before it went);
+            −1 past a row's end. None for a dense model, or a mixture whose routers keel cannot hear.
     """
 
     logp: Float[Tensor, "B T"]
@@ -64,6 +68,17 @@ class Policy:
         """The compact decoder, where it computes this architecture; else None."""
         return Decoder(self.base) if supports(self.base.config) else None
 
+    @cached_property
+    def routers(self) -> Routers | None:
+        """The routers of a mixture of experts that runs through transformers, where keel can hear and lead them."""
+        return None if self.decoder is not None else Routers.of(self.base)
+
+    @property
+    def routing(self) -> Routing | None:
+        """Sizes of the routing that can be recorded and replayed; None for a dense model, or a mixture that cannot be led."""
+        held = self.decoder.routing if self.decoder is not None else None
+        return held if self.routers is None else self.routers.shape
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """Trainable parameters by name, each once (a tied head belongs to the embedding)."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -82,16 +97,21 @@ class Policy:
         Args:
             batch: its `tokens`, lengths, `kept` and, with `replay_experts`, `experts` are read.
             temperature: of the sampler; logits are divided by it once, here.
+            replay_experts: send tokens to `batch.experts`, where they are not −1, with weights of the router's own.
+
+        Raises:
+            KeelError: experts are to be replayed, and the model has none, or none that can be led.
         """
-        if self.decoder is None:
-            return self._logp_by_transformers(batch, temperature)
         replay = batch.experts if replay_experts else None
-        share = batch.kept is None and replay is None
-        packing = pack(batch.tokens, batch.prompt_len + batch.completion_len, share)
+        if replay is not None:
+            check_replayable(self.name, self.base.config, self.routing)
+        if self.decoder is None:
+            return self._logp_by_transformers(batch, temperature, replay)
+        packing = pack(batch.tokens, batch.prompt_len + batch.completion_len, batch.kept is None, replay)
         routing = None if replay is None else _by_node(replay, packing)
         hidden, experts = self.decoder.hidden(packing, routing)
         logp, entropy = self._read(batch, packing, hidden, temperature)
-        return TokenLogp(logp, entropy, None if experts is None else experts[packing.node])
+        return TokenLogp(logp, entropy, None if experts is None else _by_row(experts[packing.node], batch))
 
     def _read(self, batch: Batch, packing: Packing, hidden: Tensor, temperature: float):
         inside, column = completion_places(batch, packing.node.shape[1])
@@ -107,7 +127,16 @@ class Policy:
         logp, entropy = token_logp(hidden[state_node], weight, state, token, temperature=temperature, kept=kept)
         return _spread(logp[edge], inside), _spread(entropy[state][edge], inside)
 
-    def _logp_by_transformers(self, batch: Batch, temperature: float) -> TokenLogp:
+    def _logp_by_transformers(self, batch: Batch, temperature: float, replay: Tensor | None = None) -> TokenLogp:
+        led = nullcontext() if self.routers is None else self.routers.led(_flat(replay, batch))
+        linear = self.head_is_linear  # measured by a forward pass of its own, so before routers are led
+        with led as heard:
+            logp, entropy = self._run_transformers(batch, temperature, linear)
+        if heard is None:
+            return TokenLogp(logp, entropy)
+        return TokenLogp(logp, entropy, _by_row(heard.table().unflatten(0, (len(batch), -1)), batch))
+
+    def _run_transformers(self, batch: Batch, temperature: float, linear: bool) -> tuple[Tensor, Tensor]:
         lengths = batch.prompt_len + batch.completion_len
         width = int(lengths.max())
         position = torch.arange(width, device=batch.tokens.device)
@@ -123,7 +152,7 @@ class Policy:
         token = batch.tokens.gather(1, column)[inside]
         kept = None if batch.kept is None else batch.kept[inside]
         edge = torch.arange(len(token), device=token.device)
-        if self.head_is_linear:
+        if linear:
             hidden = self.base.base_model(**inputs).last_hidden_state.flatten(0, 1)[flat]
             weight, softcap = self.base.get_output_embeddings().weight, self._softcap
             logp, entropy = token_logp(hidden, weight, edge, token, temperature=temperature, softcap=softcap, kept=kept)
@@ -135,7 +164,7 @@ class Policy:
             logp = log_probs[edge, token]
             probs = log_probs.exp()
             entropy = -(probs * torch.where(probs > 0, log_probs, 0.0)).sum(-1)
-        return TokenLogp(_spread(logp, inside), _spread(entropy, inside))
+        return _spread(logp, inside), _spread(entropy, inside)
 
     @property
     def _softcap(self) -> float | None:
@@ -171,3 +200,21 @@ def _by_node(experts: Int[Tensor, "B L layers k"], packing: Packing) -> Int[Tens
     routing = experts.new_empty(len(packing), *experts.shape[2:])
     routing[packing.node[inside]] = experts[:, : packing.node.shape[1]][inside]
     return routing
+
+
+def _flat(experts: Int[Tensor, "B L layers k"] | None, batch: Batch) -> Int[Tensor, "N layers k"] | None:
+    """Recorded routing as a right-padded forward pass meets its tokens: row after row, unknown past a row's end."""
+    if experts is None:
+        return None
+    lengths = batch.prompt_len + batch.completion_len
+    width = int(lengths.max())
+    inside = torch.arange(width, device=lengths.device) < lengths[:, None]
+    return torch.where(inside[:, :, None, None], experts[:, :width], UNKNOWN).flatten(0, 1)
+
+
+def _by_row(experts: Int[Tensor, "B W layers k"], batch: Batch) -> Int[Tensor, "B L layers k"]:
+    """Experts of every token as small integers, as wide as the batch; −1 past a row's end."""
+    lengths, width = batch.prompt_len + batch.completion_len, experts.shape[1]
+    inside = torch.arange(width, device=lengths.device) < lengths[:, None]
+    told = torch.where(inside[:, :, None, None], experts, UNKNOWN).to(torch.int16)
+    return F.pad(told, (0, 0, 0, 0, 0, batch.tokens.shape[1] - width), value=UNKNOWN)

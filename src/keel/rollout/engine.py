@@ -44,7 +44,8 @@ class Engine(Protocol):
     keel can drive it.
 
     `version` is the step number of the weights in use. An engine whose policy differs from the trainer's by more than
-    rounding in fp32 says so by an attribute `exact = False`: held-out evaluation then asks the trainer's policy apart.
+    rounding in fp32 says so by an attribute `exact = False`: held-out evaluation then asks the trainer's policy apart. One that has
+    processes or connections of its own ends them in a method `close()`.
     """
 
     version: int
@@ -168,6 +169,9 @@ def _check_shape(c: Completion, sampling: Sampling, replay: bool) -> None:
         value = getattr(c, name)
         if value is not None and len(value) != tokens:
             _refuse(c, f"has {tokens} tokens and {len(value)} entries in {name}", "one entry a token")
+    if c.experts is not None and bool((c.experts[:-1] < 0).any()):
+        token = int((c.experts[:-1] < 0).flatten(1).any(1).int().argmax())
+        _refuse(c, f"has no experts for token {token}", "those of every token but the last, which the engine never read")
     if tokens == 0:
         _refuse(c, "is empty", "at least the end token")
     if tokens > cap:

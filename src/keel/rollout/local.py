@@ -20,6 +20,7 @@ from keel.models.checksum import check_complete
 from keel.models.decoder import Router, supports
 from keel.models.lora import plain_shapes
 from keel.models.policy import Policy
+from keel.models.routing import UNKNOWN
 from keel.rollout.engine import Seed, checksum
 from keel.rollout.numerics import EXACT, Numerics, RouterNoise
 from keel.rollout.sampling import distribution, draw, uniforms
@@ -47,8 +48,8 @@ class LocalEngine:
         sync_every: int = 1,
         hidden: Mapping[str, float] | None = None,
     ):
-        compact, experts = supports(policy.base.config), Router.of(policy.base.config) is not None
-        numerics.check(policy.name, compact, experts)
+        compact = supports(policy.base.config)
+        numerics.check(policy.name, compact, compact and Router.of(policy.base.config) is not None)
         self.policy, self.max_branches = policy, max_branches
         self.numerics, self.sync_every, self.hidden = numerics, sync_every, dict(hidden or {})
         self.noise = RouterNoise(numerics.router_noise) if numerics.router_noise else None
@@ -141,6 +142,7 @@ class LocalEngine:
         logp = torch.zeros(rows, cap)
         length = torch.zeros(rows, dtype=torch.long)
         kept_steps: list[tuple[Tensor, Tensor]] = []
+        expert_steps: list[tuple[Tensor, Tensor]] = []
         logits = self.forward.start([p.token_ids for p in prompts], rows, cap)
         row = torch.arange(rows)  # rows still growing, and the branch that each one follows
         branch = row // group_size
@@ -159,10 +161,20 @@ class LocalEngine:
             parents, next_token = np.divmod(key, log_probs.shape[1])
             logits = self.forward.advance(parents, torch.from_numpy(next_token).to(logits.device))
             branch = torch.from_numpy(follows)
+            if self.forward.experts is not None:
+                expert_steps.append((row, self.forward.experts[branch]))
         self.forward.finish()
         kept_all = _stack_kept(kept_steps, rows, int(length.max())) if kept_steps else None
         finished = torch.isin(tokens[torch.arange(rows), length - 1], ends)
-        return self._completions(prompts, group_size, tokens, logp, length, finished, kept_all)
+        asked = self.forward.prompt_experts  # one table a prompt, which its completions share
+        experts = None if asked is None else _stack_experts(expert_steps, rows, int(length.max()), asked[0])
+        made = self._completions(prompts, group_size, tokens, logp, length, finished, kept_all)
+        if experts is None:
+            return made
+        return [
+            replace(c, experts=experts[r, : len(c.token_ids)].clone(), prompt_experts=asked[r // group_size])
+            for r, c in enumerate(made)
+        ]
 
     def _completions(self, prompts, group_size, tokens, logp, length, finished, kept) -> list[Completion]:
         ids, lengths, stops = tokens.tolist(), length.tolist(), finished.tolist()
@@ -196,6 +208,14 @@ def _stack_kept(steps: Sequence[tuple[Tensor, Tensor]], rows: int, width: int) -
     out = torch.zeros(rows, width, steps[0][1].shape[-1], dtype=torch.bool)
     for t, (row, kept) in enumerate(steps):
         out[row, t] = kept
+    return out
+
+
+def _stack_experts(steps: Sequence[tuple[Tensor, Tensor]], rows: int, width: int, like: Tensor) -> Tensor:
+    """Experts of all steps as one [rows, width, layers, k]; unknown where a token never passed through the engine: a last one."""
+    out = like.new_full((rows, width, *like.shape[1:]), UNKNOWN)
+    for t, (row, experts) in enumerate(steps):
+        out[row, t] = experts
     return out
 
 

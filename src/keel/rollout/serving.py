@@ -2,12 +2,15 @@
 
 Both forms answer the same three calls. `start(prompts)` gives logits after each prompt; `advance(parents, tokens)` grows branch i
 from branch `parents[i]` of the last call by one token, and gives the logits after it. Several branches may grow from one parent
-(siblings that drew different tokens), and a parent that nobody names is dropped. `finish()` frees the caches.
+(siblings that drew different tokens), and a parent that nobody names is dropped. `finish()` frees the caches. Of a mixture of
+experts they also say where tokens went:
+`prompt_experts` after `start`, and `experts` of the branches' last tokens after `advance`; None where that cannot be heard.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -16,6 +19,7 @@ from torch import Tensor, nn
 
 from keel.models.decoder import Router, Shape, forest_attention, mixture, rotary, rotate
 from keel.models.packing import pack
+from keel.models.routing import Routers
 from keel.rollout.numerics import EXACT, Numerics, RouterNoise, chunked_product, rounded
 
 PREPACK_FROM = 2**16  # numbers in a matrix from which oneDNN's own layout pays on a CPU
@@ -94,13 +98,14 @@ class _Layer:
             self.gate = own("mlp.gate.weight")
             self.gate_up_proj, self.down_proj = own("mlp.experts.gate_up_proj"), own("mlp.experts.down_proj")
 
-    def feed_forward(self, x: Tensor) -> Tensor:
+    def feed_forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The layer's answer, and the experts that gave it; None for a dense layer."""
         if self.router is None:
             gate, up = self.gate_up(x).chunk(2, -1)
-            return self.down(F.silu(gate) * up)
+            return self.down(F.silu(gate) * up), None
         logits = chunked_product(x, self.gate) if self.split else F.linear(x, self.gate)
-        weight, index = self.router(logits if self.noise is None else self.noise(logits))
-        return mixture(self.gate_up_proj, self.down_proj, x, weight, index)
+        weight, index, _ = self.router(logits if self.noise is None else self.noise(logits))
+        return mixture(self.gate_up_proj, self.down_proj, x, weight, index), index
 
 
 class FusedForward:
@@ -147,13 +152,16 @@ class FusedForward:
         self.slot = np.arange(len(prompts))
         source = (torch.arange(width) - (width - lengths)[:, None]).clamp(min=0).to(device)
         aligned = packing.node.gather(1, source)  # right-aligned; what stands left of a prompt is masked
-        x = F.embedding(packing.tokens, self.embedding)
+        x, chosen = F.embedding(packing.tokens, self.embedding), []
         turn = rotary(packing.positions, self.inv_freq, x.dtype)
         for depth, layer in enumerate(self.layers):
             q, k, v = self._qkv(layer, x, turn)
             for half, value in ((0, k), (1, v)):
                 self.cache[depth, half, : len(prompts), :, :width] = value[aligned].transpose(1, 2)
-            x = self._finish(layer, x, forest_attention(q, k, v, packing))
+            x, index = self._finish(layer, x, forest_attention(q, k, v, packing))
+            chosen.append(index)
+        self.experts, told = None, _table(chosen)
+        self.prompt_experts = None if told is None else [told[row[:n]] for row, n in zip(packing.node, lengths, strict=True)]
         last = packing.node.gather(1, (lengths - 1).to(device)[:, None])[:, 0]
         return self.head(F.rms_norm(x[last], (x.shape[-1],), self.norm, self.shape.eps))
 
@@ -162,7 +170,7 @@ class FusedForward:
         self._place(parents)
         live = len(parents)
         order = torch.from_numpy(np.argsort(self.slot))  # slots are a permutation of 0 … live − 1
-        x = F.embedding(tokens[order], self.embedding)
+        x, chosen = F.embedding(tokens[order], self.embedding), []
         turn = rotary(self.column - self.first[:live], self.inv_freq, x.dtype)
         bias = self.bias[:live, None, None, : self.column + 1].to(x.dtype)
         for depth, layer in enumerate(self.layers):
@@ -170,9 +178,11 @@ class FusedForward:
             keys, values = self.cache[depth, :, :live, :, : self.column + 1]
             keys[:, :, self.column], values[:, :, self.column] = k, v
             q = q.view(live, self.shape.kv_heads, -1, self.shape.head_dim)  # queries of one kv head, as if of one sequence
-            x = self._finish(layer, x, attend_once(q, keys, values, bias).reshape(live, -1))
+            x, index = self._finish(layer, x, attend_once(q, keys, values, bias).reshape(live, -1))
+            chosen.append(index)
         self.column += 1
-        back = torch.from_numpy(self.slot)
+        back, told = torch.from_numpy(self.slot), _table(chosen)
+        self.experts = None if told is None else told[back]
         return self.head(F.rms_norm(x, (x.shape[-1],), self.norm, self.shape.eps)[back])
 
     def finish(self) -> None:
@@ -206,9 +216,16 @@ class FusedForward:
         qk = rotate(qk, *turn)
         return qk[:, : shape.heads], qk[:, shape.heads :], qkv[:, both:]
 
-    def _finish(self, layer: _Layer, x: Tensor, attended: Tensor) -> Tensor:
+    def _finish(self, layer: _Layer, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor | None]:
         x = x + layer.o(attended)
-        return x + layer.feed_forward(F.rms_norm(x, (x.shape[-1],), layer.norm_out, self.shape.eps))
+        out, chosen = layer.feed_forward(F.rms_norm(x, (x.shape[-1],), layer.norm_out, self.shape.eps))
+        return x + out, chosen
+
+
+def _table(chosen: Sequence[Tensor | None]) -> Tensor | None:
+    """Experts of all layers as [N, layers, k], small integers; None for a dense model."""
+    heard = [index for index in chosen if index is not None]
+    return torch.stack(heard, 1).to(torch.int16).cpu() if heard else None
 
 
 def attend_once(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
@@ -221,15 +238,18 @@ class TransformersForward:
     """Any transformers causal model, with its own cache; prompts are left-padded with positions that start at zero."""
 
     def __init__(self, model: nn.Module):
-        self.model = model
+        self.model, self.routers = model, Routers.of(model)
 
     def start(self, prompts: Sequence[Sequence[int]], branches: int, new_tokens: int) -> Tensor:
         width = max(map(len, prompts))
         device = next(self.model.parameters()).device
         ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
         self.attended = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        self.cache = None
-        return self._run(ids, (self.attended.cumsum(-1) - 1).clamp(min=0))
+        self.cache, self.experts = None, None
+        logits, told = self._run(ids, (self.attended.cumsum(-1) - 1).clamp(min=0))
+        rows = None if told is None else told.unflatten(0, (len(prompts), width))
+        self.prompt_experts = None if rows is None else [row[width - len(p) :] for row, p in zip(rows, prompts, strict=True)]
+        return logits
 
     def advance(self, parents: np.ndarray, tokens: Tensor) -> Tensor:
         index = torch.from_numpy(parents).to(tokens.device)
@@ -239,20 +259,22 @@ class TransformersForward:
             )
             self.attended = self.attended[index]
         self.attended = F.pad(self.attended, (0, 1), value=1)
-        return self._run(tokens[:, None], self.attended.sum(-1, keepdim=True) - 1)
+        logits, self.experts = self._run(tokens[:, None], self.attended.sum(-1, keepdim=True) - 1)
+        return logits
 
     def finish(self) -> None:
         """Free the cache."""
         del self.cache, self.attended
 
-    def _run(self, ids: Tensor, positions: Tensor) -> Tensor:
-        out = self.model(
-            input_ids=ids,
-            attention_mask=self.attended,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+    def _run(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+        with nullcontext() if self.routers is None else self.routers.led() as heard:
+            out = self.model(
+                input_ids=ids,
+                attention_mask=self.attended,
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
         self.cache = out.past_key_values
-        return out.logits[:, -1].float()
+        return out.logits[:, -1].float(), None if heard is None else _table(heard.chosen)

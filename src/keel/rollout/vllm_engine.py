@@ -35,9 +35,11 @@ from keel.rollout.vllm_parts import (
     import_vllm,
     read_finish,
     refuse_local_settings,
+    refuse_routed_experts,
     refuse_truncated,
     sampling_fields,
     seed_of,
+    split_routing,
     staging_folder,
     within,
     write_architecture,
@@ -60,6 +62,8 @@ class VllmEngine:
 
     def __init__(self, policy: Policy, settings: EngineSettings):
         refuse_local_settings(settings)
+        if settings.routed_experts:
+            refuse_routed_experts(policy.device.type)
         self.policy, self.settings, self.dtype = policy, settings, DTYPES[settings.format]
         self.context = min(policy.context, settings.max_model_len or policy.context)
         self.version, self.awake, self.dead = -1, False, ""
@@ -75,6 +79,11 @@ class VllmEngine:
         except KeelError:
             self.close()
             raise
+
+    @property
+    def exact(self) -> bool:
+        """Whether its policy is the trainer's but for rounding in fp32."""
+        return self.settings.format == "fp32"
 
     # ---- the contract ------------------------------------------------------------------------------------------------
 
@@ -223,6 +232,9 @@ class VllmEngine:
         greedy = sampling.temperature == 0.0  # then all mass is on the token that was taken
         logp = [0.0 if greedy else step[token].logprob for step, token in zip(out.logprobs or [], ids, strict=True)]
         plain = ids[:-1] if finish == "stop" else ids
+        asked, experts = (None, None)
+        if self.settings.routed_experts:
+            asked, experts = split_routing(out.routed_experts, len(prompt.token_ids), len(ids))
         return Completion(
             prompt_id=prompt.id,
             sample=sample,
@@ -232,6 +244,8 @@ class VllmEngine:
             text=self.policy.tokenizer.decode(plain, skip_special_tokens=False, clean_up_tokenization_spaces=False),
             versions=torch.full((len(ids),), self.version),
             sampled=torch.ones(len(ids), dtype=torch.bool),
+            experts=experts,
+            prompt_experts=asked,
             error=error,
         )
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from keel.config import EngineSettings
@@ -76,6 +77,25 @@ def refuse_routed_experts(device: str) -> None:
         )
 
 
+def split_routing(told: Any, prompt: int, completion: int) -> tuple[Tensor, Tensor]:
+    """vLLM's experts of one sequence, [prompt + completion − 1, layers, k] or longer, as those of the prompt and of the completion.
+
+    The completion's last token was never read, so its experts are unknown: −1.
+
+    Raises:
+        KeelError: it tells those of fewer tokens.
+    """
+    found = 0 if told is None else len(told)
+    if found < prompt + completion - 1:
+        raise KeelError(
+            f"vLLM returned the experts of {found} tokens, for a prompt of {prompt} and a completion of {completion}. Expected at "
+            f"least {prompt + completion - 1}: replaying a shifted or shortened record would be worse than none. Replay R2 instead."
+        )
+    table = torch.as_tensor(told)[: prompt + completion - 1].to(torch.int16)
+    last = table.new_full((1, *table.shape[1:]), -1)
+    return table[:prompt], torch.cat((table[prompt:], last))
+
+
 def refuse_truncated(sampling: Sampling) -> None:
     """vLLM does not return the tokens that truncation kept where it runs on a CPU, and the trainer would need them."""
     if sampling.truncated:
@@ -132,6 +152,7 @@ def engine_fields(folder: Path, context: int, settings: EngineSettings) -> dict[
         "kv_cache_memory_bytes": int(settings.kv_cache_gb * 2**30),
         "enable_prefix_caching": True,
         "enforce_eager": True,
+        "enable_return_routed_experts": settings.routed_experts,
         "worker_extension_cls": "keel.rollout.vllm_worker.WeightReceiver",
         "seed": 0,
     }

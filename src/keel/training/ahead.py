@@ -7,6 +7,7 @@ worker takes the newest weights when it begins, so it may be fresher, never stal
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import pickle
 import time
@@ -102,8 +103,11 @@ class Ahead:
         self._copy(weights)
         self.pipe, theirs = context.Pipe()
         given = (config.model_dump(mode="json"), self.layout, self.buffer, self.lock, self.shared_version, theirs, stream.taken)
-        self.worker = context.Process(target=_work, args=given, daemon=True, name="keel-rollouts")
+        serves = config.engine.name != "local"  # then the worker starts processes of its own, which a daemon may not
+        self.patience = 20.0 if serves else 0.5
+        self.worker = context.Process(target=_work, args=given, daemon=not serves, name="keel-rollouts")
         self.worker.start()
+        atexit.register(self.close)
         theirs.close()
         self._receive(START_S)
 
@@ -140,11 +144,12 @@ class Ahead:
                 self.pipe.send_bytes(pickle.dumps(None))
             except OSError:
                 pass
-            self.worker.join(0.5)
+            self.worker.join(self.patience)
         if self.worker.is_alive():
             self.worker.kill()
             self.worker.join(5.0)
         self.pipe.close()
+        atexit.unregister(self.close)
 
     def _ask(self) -> None:
         """Ask for every batch that may begin now."""
@@ -220,6 +225,7 @@ def _work(
     taken: int,
 ) -> None:
     """The worker: one batch for each request, until it is told to stop or nobody is there any more."""
+    sampler = None
     try:
         sampler = _sampler(RunConfig(**settings), taken)
         pipe.send_bytes(pickle.dumps(("ready", None)))
@@ -239,6 +245,9 @@ def _work(
     except BaseException as error:  # whatever it was, the trainer must hear of it
         told = str(error) if isinstance(error, KeelError) else traceback.format_exc()
         pipe.send_bytes(pickle.dumps(("failed", told)))
+    finally:
+        if sampler is not None:
+            getattr(sampler.engine, "close", lambda: None)()
 
 
 def _load(engine: Any, weights: Mapping[str, Tensor], version: int, loaded: int) -> int:

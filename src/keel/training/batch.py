@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from keel.types import Batch, Group
+from keel.types import Batch, Completion, Group
 
 
 def batch_from_groups(groups: Sequence[Group]) -> Batch:
@@ -44,7 +44,21 @@ def batch_from_groups(groups: Sequence[Group]) -> Batch:
         truncated=torch.tensor([c.finish == "length" for c in completions]),
         versions=pad_sequence([c.versions for c in completions], batch_first=True, padding_value=-1),
         kept=kept,
+        experts_rollout=_experts(completions, [len(p) for p in prompts]),
     )
+
+
+def _experts(completions: Sequence[Completion], prompt_lengths: Sequence[int]) -> Int[Tensor, "B L layers k"] | None:
+    """What the engine says of every token's experts, prompts included; −1 where it says nothing, None where it never does."""
+    told = next((c.experts for c in completions if c.experts is not None), None)
+    if told is None:
+        return None
+    rows = []
+    for c, length in zip(completions, prompt_lengths, strict=True):
+        before = told.new_full((length, *told.shape[1:]), -1) if c.prompt_experts is None else c.prompt_experts
+        after = told.new_full((len(c.token_ids), *told.shape[1:]), -1) if c.experts is None else c.experts
+        rows.append(torch.cat((before, after)))
+    return pad_sequence(rows, batch_first=True, padding_value=-1)
 
 
 def micro_batches(batch: Batch, max_tokens: int | None) -> list[Int[Tensor, " _"]]:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from keel.config import RunConfig
-from keel.diagnostics import measure
+from keel.diagnostics import measure, measure_routing
 from keel.models.lora import plain_copy, reference, started_from_zero
 from keel.models.policy import Policy
+from keel.models.routing import check_recorded, check_replayable
 from keel.objectives.objective import Objective, Prepared
 from keel.objectives.recipes import Recipe
 from keel.rollout.engine import Engine
@@ -25,7 +26,7 @@ from keel.training.ahead import Ahead
 from keel.training.batch import batch_from_groups, micro_batches
 from keel.training.buffer import Collected, PromptStream
 from keel.training.rollouts import InTurn, Rollouts, Sampler
-from keel.training.step import accumulate_gradient, apply_gradient, learning_rate, log_probabilities
+from keel.training.step import accumulate_gradient, apply_gradient, learning_rate, look
 from keel.types import Batch, Group
 
 
@@ -62,6 +63,8 @@ class Trainer:
     def __init__(self, policy: Policy, engine: Engine, task: Task, recipe: Recipe, config: RunConfig):
         self.policy, self.engine, self.task, self.recipe, self.config = policy, engine, task, recipe, config
         self.objective: Objective = recipe.objective
+        if config.train.routing_replay != "none":
+            check_replayable(policy.name, policy.base.config, policy.routing)
         self.sampling = config.sampling.distribution()
         self.stream = PromptStream(task.train, config.seed)
         self.step = self.updates = self.batch = self.tokens = self.skipped = 0
@@ -180,21 +183,28 @@ def _with_log_probabilities(trainer: Trainer, batch: Batch) -> Batch:
     """Add what must be known before the first update: the trainer at the sampling weights, and the reference.
 
     With one update a batch the first is the update's own forward pass; on the probe's beat it is computed apart all the same, so
-    that "on-policy" is measured (`policy/off_policy_frac`), not assumed. Bypassed, the trainer at the sampling weights is never
-    asked: logp_old is what the engine said, the gap is 0 by definition, and the ratio of the loss is π/μ.
+    that "on-policy" is measured (`policy/off_policy_frac`), not assumed. Bypassed, logp_old is what the engine said: the gap is 0
+    by definition, and the ratio of the loss is π/μ. Routing is replayed in every forward pass of the policy's (R3), or in those of
+    the updates (R2); the reference chooses its own experts.
     """
-    settings, temperature = trainer.config.train, trainer.sampling.temperature
+    settings, temperature, replay = trainer.config.train, trainer.sampling.temperature, trainer.config.train.routing_replay
     updates = _updates(batch, trainer.updates_per_batch)  # cut as they will be cut, so that equal weights give equal bits
     cuts = [rows[part] for rows in updates for part in micro_batches(batch.rows(rows), settings.micro_batch_tokens)]
     probe = settings.probe_every > 0 and trainer.batch % settings.probe_every == 0
-    if settings.bypass_old:
-        batch = replace(batch, logp_old=batch.logp_rollout)
-    elif probe or trainer.updates_per_batch > 1 or "logp_old" in trainer.objective.needs:
-        batch = replace(batch, logp_old=log_probabilities(trainer.policy, batch, cuts, temperature))
+    several = trainer.updates_per_batch > 1
+    asked = not settings.bypass_old and (probe or several or "logp_old" in trainer.objective.needs)
     if trainer.reference is not None:
         with trainer.reference() as reference:
-            batch = replace(batch, logp_ref=log_probabilities(reference, batch, cuts, temperature))
-    return batch
+            batch = replace(batch, logp_ref=look(reference, batch, cuts, temperature).logp)
+    if replay == "R3":
+        check_recorded(batch.experts_rollout, trainer.policy.routing)
+        batch = replace(batch, experts=batch.experts_rollout)
+    if asked or (replay == "R2" and several):  # a first update chooses as the sampling weights do: nothing to replay
+        seen = look(trainer.policy, batch, cuts, temperature)
+        batch = replace(batch, logp_old=seen.logp, experts_old=seen.experts)
+    if settings.bypass_old:
+        batch = replace(batch, logp_old=batch.logp_rollout)
+    return replace(batch, experts=batch.experts_old) if replay == "R2" else batch
 
 
 def _updates(batch: Batch, updates: int) -> list[Tensor]:
@@ -227,6 +237,8 @@ def _update(trainer: Trainer, batch: Batch, prepared: Prepared) -> tuple[dict[st
         "train/staleness_max": float(age.max()) if len(age) else 0.0,
         "time/train_s": time.perf_counter() - begin,
     }
+    if gradient.experts is not None:
+        metrics |= measure_routing(batch, prepared, gradient.experts, trainer.policy.routing.experts)
     return metrics, applied.non_finite
 
 

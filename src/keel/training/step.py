@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from keel.models.policy import Policy
+from keel.models.policy import Policy, TokenLogp
 from keel.objectives.objective import Objective, Prepared
 from keel.types import Batch, StepCounts
 
@@ -22,11 +22,13 @@ class Gradient:
     Args:
         loss: of the whole step.
         logp, entropy: [B, T] nats, detached, as the loss saw them.
+        experts: [B, L, layers, k] that every token would have gone to by itself; None where there are none.
     """
 
     loss: float
     logp: Float[Tensor, "B T"]
     entropy: Float[Tensor, "B T"]
+    experts: Int[Tensor, "B L layers k"] | None = None
 
 
 def accumulate_gradient(
@@ -41,25 +43,38 @@ def accumulate_gradient(
     """Add the step's gradient to every parameter's `.grad`, one micro-batch after another.
 
     Each micro-batch gives its share of one sum whose denominators (`counts`) speak of the whole step, so cutting changes nothing.
+    Where the batch has `experts`, tokens go to them.
     """
-    loss = 0.0
+    loss, experts = 0.0, None
     logp = torch.zeros_like(prepared.advantage)
     entropy = torch.zeros_like(prepared.advantage)
     for rows in cuts:
         part, prepared_part = batch.rows(rows), prepared.rows(rows)
-        seen = policy.logp(part, temperature=temperature)
+        seen = policy.logp(part, temperature=temperature, replay_experts=True)
         share = objective.loss(seen.logp, seen.entropy, part, prepared_part, counts)
         if share.requires_grad:
             share.backward()
         loss += float(share.detach())
         logp[rows], entropy[rows] = seen.logp.detach().to(logp.dtype), seen.entropy.detach().to(logp.dtype)
-    return Gradient(loss, logp, entropy)
+        if seen.experts is not None:
+            experts = seen.experts.new_empty(len(batch), *seen.experts.shape[1:]) if experts is None else experts
+            experts[rows] = seen.experts
+    return Gradient(loss, logp, entropy, experts)
 
 
 @torch.no_grad()
+def look(policy: Policy, batch: Batch, cuts: Sequence[Int[Tensor, " _"]], temperature: float) -> TokenLogp:
+    """What the policy says of a whole batch, without gradient, cut as the update will cut it. Where the batch has `experts`, tokens
+    go to them.
+    """
+    parts = [policy.logp(batch.rows(rows), temperature=temperature, replay_experts=True) for rows in cuts]
+    experts = None if parts[0].experts is None else torch.cat([part.experts for part in parts])
+    return TokenLogp(torch.cat([part.logp for part in parts]), torch.cat([part.entropy for part in parts]), experts)
+
+
 def log_probabilities(policy: Policy, batch: Batch, cuts: Sequence[Int[Tensor, " _"]], temperature: float) -> Float[Tensor, "B T"]:
     """Log-probabilities of a whole batch in nats, without gradient, cut as the update will cut it."""
-    return torch.cat([policy.logp(batch.rows(rows), temperature=temperature).logp for rows in cuts])
+    return look(policy, batch, cuts, temperature).logp
 
 
 @dataclass(frozen=True)
