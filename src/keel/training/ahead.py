@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing
-import pickle
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +23,7 @@ from torch import Tensor
 from keel.config import RunConfig
 from keel.errors import KeelError
 from keel.training.buffer import Collected, PromptStream
+from keel.training.transfer import dumps, loads
 
 START_S = 300.0  # how long a worker may take to load its model
 
@@ -141,7 +141,7 @@ class Ahead:
         """End the worker: kindly, then by its process id."""
         if self.worker.is_alive():
             try:
-                self.pipe.send_bytes(pickle.dumps(None))
+                self.pipe.send_bytes(dumps(None))
             except OSError:
                 pass
             self.worker.join(self.patience)
@@ -158,7 +158,7 @@ class Ahead:
             if self.schedule is not None:
                 weights = self.buffer.numpy().tobytes()
             try:
-                self.pipe.send_bytes(pickle.dumps((self.next_step, self.version, weights)))
+                self.pipe.send_bytes(dumps((self.next_step, self.version, weights)))
             except OSError:
                 raise KeelError(self._death()) from None
             self.asked.append(self.next_step)
@@ -207,7 +207,7 @@ class Ahead:
     def _receive(self, timeout: float) -> Any:
         self._until(lambda: self.pipe.poll(0.2), timeout)
         try:
-            kind, answer = pickle.loads(self.pipe.recv_bytes())
+            kind, answer = loads(self.pipe.recv_bytes())
         except EOFError:
             raise KeelError(self._death()) from None
         if kind == "failed":
@@ -228,9 +228,9 @@ def _work(
     sampler = None
     try:
         sampler = _sampler(RunConfig(**settings), taken)
-        pipe.send_bytes(pickle.dumps(("ready", None)))
+        pipe.send_bytes(dumps(("ready", None)))
         loaded = -1
-        while (request := pickle.loads(pipe.recv_bytes())) is not None:
+        while (request := loads(pipe.recv_bytes())) is not None:
             step, wanted, replayed = request
             if replayed is not None:
                 own = torch.frombuffer(bytearray(replayed), dtype=torch.uint8)
@@ -239,12 +239,12 @@ def _work(
                 with lock:
                     loaded = _load(sampler.engine, layout.views(buffer), int(shared_version.value), loaded)
             made = Made(sampler.batch(step), sampler.engine.version, sampler.stream.taken)
-            pipe.send_bytes(pickle.dumps(("made", made)))
+            pipe.send_bytes(dumps(("made", made)))
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         return
     except BaseException as error:  # whatever it was, the trainer must hear of it
         told = str(error) if isinstance(error, KeelError) else traceback.format_exc()
-        pipe.send_bytes(pickle.dumps(("failed", told)))
+        pipe.send_bytes(dumps(("failed", told)))
     finally:
         if sampler is not None:
             getattr(sampler.engine, "close", lambda: None)()
