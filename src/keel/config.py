@@ -73,6 +73,9 @@ class TrainSettings(Section):
         ge=0,
         description="versions by which a sampled batch may lag at its last update; above 0 a worker samples ahead, 0 = in turn",
     )
+    partial_rollouts: bool = Field(
+        False, description="a worker that samples ahead takes new weights in the middle of completions, not only between batches"
+    )
     routing_replay: Literal["none", "R2", "R3"] = Field(
         "none", description="of a mixture: R2 = the trainer's experts at the sampling weights, R3 = the engine's own"
     )
@@ -236,6 +239,7 @@ class RunConfig(Section):
         _refuse_idle_corrections(self)
         _refuse_stale_twice(self)
         _refuse_unheard_routing(self)
+        _refuse_partial_alone(self)
         return self
 
     def chosen(self) -> Recipe:
@@ -374,6 +378,15 @@ def _refuse_unheard_routing(config: RunConfig) -> None:
         raise KeelError(
             "train.routing_replay is R3, which replays the engine's experts, and engine.routed_experts is false: vLLM would not "
             "say which they were. Set engine.routed_experts = true, or replay the trainer's own (R2)."
+        )
+
+
+def _refuse_partial_alone(config: RunConfig) -> None:
+    if config.train.partial_rollouts and (config.train.max_staleness == 0 or config.engine.name != "local"):
+        raise KeelError(
+            f"train.partial_rollouts is true with train.max_staleness = {config.train.max_staleness} and engine.name = "
+            f"{config.engine.name}. Expected a local engine that samples ahead: in turn no weights become newer meanwhile, and "
+            "other engines take them between batches. Set train.max_staleness above 0 and engine.name = local."
         )
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from keel.diagnostics.routing import at_predictions
 from keel.errors import KeelError
 from keel.rollout.engine import Seed, check_completions
 from keel.rollout.local import LocalEngine
@@ -73,6 +74,35 @@ def test_a_sample_does_not_depend_on_its_batch(make_policy, kind, name):
     assert all(same(a, b) for a, b in zip(alone, together[12:18], strict=True))
     assert all(same(a, together[6 * (i // 2) + i % 2]) for i, a in enumerate(fewer))
     assert all(same(a, b) for a, b in zip(in_turn, together, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["cool", "top_p"])
+def test_weights_that_come_in_the_middle_are_used_from_the_next_token_on(make_policy, kind, name):
+    """Each token has the log-probability, and the experts, of the weights whose version it carries."""
+    old, new, sampling = sharpened(make_policy, kind), make_policy(kind, seed=5), SAMPLINGS[name]
+    new.base.get_output_embeddings().weight.data.mul_(12.0)
+    engine, asked = LocalEngine(old), []
+
+    def renew():
+        asked.append(engine.version)
+        if len(asked) == 3:
+            engine.load(new.weights(), 1)
+        return len(asked) == 3
+
+    engine.renew = renew
+    made = engine.generate(prompts(), sampling, SEED, 6)
+    batch = as_batch(prompts(), made, 6)
+    assert any(len(c.versions.unique()) == 2 for c in made)
+    assert all(c.versions.tolist() == sorted(c.versions.tolist()) and int((c.versions == 0).sum()) <= 3 for c in made)
+    for version, policy in enumerate((old, new)):
+        with torch.no_grad():
+            seen = policy.logp(batch, temperature=sampling.temperature)
+        mine = batch.mask & (batch.versions == version)
+        assert (seen.logp - batch.logp_rollout)[mine].abs().max() < 1e-4
+        if kind == "qwen3_moe":  # a token is read by the weights that draw the next one
+            ours, theirs = (at_predictions(experts, batch) for experts in (seen.experts, batch.experts_rollout))
+            assert torch.equal(ours[mine].sort(-1).values, theirs[mine].sort(-1).values)
 
 
 def test_other_seeds_draw_other_tokens(make_policy):

@@ -86,6 +86,35 @@ def test_several_updates_a_batch():
     assert len(records) == 6 and max(r.metrics["train/staleness_max"] for r in records) <= 3
 
 
+def test_partial_rollouts_carry_the_version_of_each_token_and_keep_the_bound():
+    """Completions go on under newer weights, from what was written so far."""
+    settings = config(**{
+        "train.partial_rollouts": True, "train.max_staleness": 4, "train.group_size": 32, "sampling.max_completion_tokens": 48,
+        "train.lr": 1e-4,
+    })  # fmt: skip
+    trainer, mixed = trainer_of(settings.replaced({"steps": 12})), 0
+    try:
+        for record in iterate(trainer):
+            assert record.metrics["train/staleness_max"] <= 4
+            for completion in (c for group in record.groups for c in group.completions):
+                assert (completion.versions.diff() >= 0).all() and int(completion.versions[-1]) <= record.step
+                mixed += len(completion.versions.unique()) > 1
+    finally:
+        trainer.close()
+    assert mixed > 0
+
+
+def test_a_schedule_cannot_replay_partial_rollouts():
+    with pytest.raises(KeelError, match="one version for each batch"):
+        trainer_of(config(**{"train.partial_rollouts": True}), schedule=[0, 0, 0])
+
+
+@pytest.mark.parametrize("changes", [{"train.max_staleness": 0}, {"engine.name": "vllm"}])
+def test_partial_rollouts_need_a_local_engine_ahead(changes):
+    with pytest.raises(KeelError, match="Expected a local engine that samples ahead"):
+        config(**{"train.partial_rollouts": True} | changes)
+
+
 def test_too_small_a_bound_is_refused():
     with pytest.raises(KeelError, match="Expected at least 3"):
         config(**{"train.updates_per_batch": 2, "train.max_staleness": 2})

@@ -8,7 +8,7 @@ It can also be made inexact, on purpose: other number formats, stale weights, a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -54,6 +54,7 @@ class LocalEngine:
         self.numerics, self.sync_every, self.hidden = numerics, sync_every, dict(hidden or {})
         self.noise = RouterNoise(numerics.router_noise) if numerics.router_noise else None
         self.version, self.behind, self.held = -1, 0, {}
+        self.renew: Callable[[], bool] | None = None  # asked between tokens: loads newer weights, if there are any
         self.take(policy.weights(), 0)
 
     @property
@@ -138,62 +139,86 @@ class LocalEngine:
         rows, cap = len(prompts) * group_size, sampling.max_completion_tokens
         uniform = uniforms([seed.row(p.id, sample) for p in prompts for sample in range(group_size)], cap)
         ends = torch.tensor(sorted(self.policy.end_ids))
-        tokens = torch.zeros(rows, cap, dtype=torch.long)
-        logp = torch.zeros(rows, cap)
-        length = torch.zeros(rows, dtype=torch.long)
-        kept_steps: list[tuple[Tensor, Tensor]] = []
-        expert_steps: list[tuple[Tensor, Tensor]] = []
+        grown = _Grown(rows, cap)
         logits = self.forward.start([p.token_ids for p in prompts], rows, cap)
+        asked = self.forward.prompt_experts  # one table a prompt, which its completions share
         row = torch.arange(rows)  # rows still growing, and the branch that each one follows
         branch = row // group_size
         for t in range(cap):
             log_probs, kept = distribution(logits.cpu(), sampling)
             token = draw(log_probs, branch, uniform[row, t])
-            tokens[row, t], logp[row, t] = token, log_probs[branch, token].float()
-            length[row] = t + 1
-            if kept is not None:
-                kept_steps.append((row, kept[branch]))
+            grown.add(t, row, token, log_probs[branch, token].float(), self.version, None if kept is None else kept[branch])
             going = ~torch.isin(token, ends)
             row, branch, token = row[going], branch[going], token[going]
             if len(row) == 0 or t + 1 == cap:
                 break
-            key, follows = np.unique((branch * log_probs.shape[1] + token).numpy(), return_inverse=True)
-            parents, next_token = np.divmod(key, log_probs.shape[1])
-            logits = self.forward.advance(parents, torch.from_numpy(next_token).to(logits.device))
+            key, first, follows = np.unique((branch * log_probs.shape[1] + token).numpy(), return_index=True, return_inverse=True)
+            if self.renew is not None and self.renew():  # other weights: what was written so far is read anew
+                written = [(*prompts[r // group_size].token_ids, *grown.tokens[r, : t + 1].tolist()) for r in row[first].tolist()]
+                logits = self.forward.start(written, len(row), cap - t - 1)
+                read = None if asked is None else torch.stack([table[-1] for table in self.forward.prompt_experts])
+            else:
+                parents, next_token = np.divmod(key, log_probs.shape[1])
+                logits, read = self.forward.advance(parents, torch.from_numpy(next_token).to(logits.device)), self.forward.experts
             branch = torch.from_numpy(follows)
-            if self.forward.experts is not None:
-                expert_steps.append((row, self.forward.experts[branch]))
+            if read is not None:
+                grown.experts.append((row, read[branch]))
         self.forward.finish()
-        kept_all = _stack_kept(kept_steps, rows, int(length.max())) if kept_steps else None
-        finished = torch.isin(tokens[torch.arange(rows), length - 1], ends)
-        asked = self.forward.prompt_experts  # one table a prompt, which its completions share
-        experts = None if asked is None else _stack_experts(expert_steps, rows, int(length.max()), asked[0])
-        made = self._completions(prompts, group_size, tokens, logp, length, finished, kept_all)
-        if experts is None:
-            return made
-        return [
-            replace(c, experts=experts[r, : len(c.token_ids)].clone(), prompt_experts=asked[r // group_size])
-            for r, c in enumerate(made)
-        ]
+        finished = torch.isin(grown.tokens[torch.arange(rows), grown.length - 1], ends)
+        return self._completions(prompts, group_size, grown, finished, asked)
 
-    def _completions(self, prompts, group_size, tokens, logp, length, finished, kept) -> list[Completion]:
-        ids, lengths, stops = tokens.tolist(), length.tolist(), finished.tolist()
+    def _completions(self, prompts, group_size: int, grown: _Grown, finished: Tensor, asked) -> list[Completion]:
+        ids, lengths, stops = grown.tokens.tolist(), grown.length.tolist(), finished.tolist()
         plain = [ids[r][: n - 1] if stop else ids[r][:n] for r, (n, stop) in enumerate(zip(lengths, stops, strict=True))]
         texts = _decode(self.policy.tokenizer, plain)
+        kept, experts = grown.kept_table(), None if asked is None else grown.expert_table(asked[0])
         return [
             Completion(
                 prompt_id=prompts[r // group_size].id,
                 sample=r % group_size,
-                token_ids=tokens[r, :n].clone(),
-                logp_rollout=logp[r, :n].clone(),
+                token_ids=grown.tokens[r, :n].clone(),
+                logp_rollout=grown.logp[r, :n].clone(),
                 finish="stop" if stop else "length",
                 text=texts[r],
-                versions=torch.full((n,), self.version),
+                versions=grown.versions[r, :n].clone(),
                 sampled=torch.ones(n, dtype=torch.bool),
                 kept=None if kept is None else kept[r, :n].clone(),
+                experts=None if experts is None else experts[r, :n].clone(),
+                prompt_experts=None if asked is None else asked[r // group_size],
             )
             for r, (n, stop) in enumerate(zip(lengths, stops, strict=True))
         ]
+
+
+class _Grown:
+    """What has been sampled so far: one row for each completion, one column for each token."""
+
+    def __init__(self, rows: int, cap: int):
+        self.tokens, self.versions = (torch.zeros(rows, cap, dtype=torch.long) for _ in range(2))
+        self.logp, self.length = torch.zeros(rows, cap), torch.zeros(rows, dtype=torch.long)
+        self.kept: list[tuple[Tensor, Tensor]] = []
+        self.experts: list[tuple[Tensor, Tensor]] = []  # those of column t are known once it was read, a step later
+
+    def add(self, t: int, row: Tensor, token: Tensor, logp: Tensor, version: int, kept: Tensor | None) -> None:
+        """Column t of these rows."""
+        self.tokens[row, t], self.logp[row, t], self.versions[row, t] = token, logp, version
+        self.length[row] = t + 1
+        if kept is not None:
+            self.kept.append((row, kept))
+
+    def kept_table(self) -> Tensor | None:
+        """The kept sets as one [rows, longest, V]; None where nothing was cut off."""
+        return self._table(self.kept, self.kept[0][1], 0) if self.kept else None
+
+    def expert_table(self, like: Tensor) -> Tensor:
+        """Experts as one [rows, longest, layers, k]; unknown for a token that was never read: a last one."""
+        return self._table(self.experts, like, UNKNOWN)
+
+    def _table(self, steps: Sequence[tuple[Tensor, Tensor]], like: Tensor, fill: int) -> Tensor:
+        out = like.new_full((len(self.length), int(self.length.max()), *like.shape[1:]), fill)
+        for t, (row, value) in enumerate(steps):
+            out[row, t] = value
+        return out
 
 
 def _decode(tokenizer, ids: Sequence[Sequence[int]]) -> list[str]:
@@ -201,22 +226,6 @@ def _decode(tokenizer, ids: Sequence[Sequence[int]]) -> list[str]:
     if hasattr(tokenizer, "backend_tokenizer"):
         return tokenizer.backend_tokenizer.decode_batch(ids, skip_special_tokens=False)
     return tokenizer.batch_decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-
-def _stack_kept(steps: Sequence[tuple[Tensor, Tensor]], rows: int, width: int) -> Tensor:
-    """The kept sets of all steps as one [rows, width, V]."""
-    out = torch.zeros(rows, width, steps[0][1].shape[-1], dtype=torch.bool)
-    for t, (row, kept) in enumerate(steps):
-        out[row, t] = kept
-    return out
-
-
-def _stack_experts(steps: Sequence[tuple[Tensor, Tensor]], rows: int, width: int, like: Tensor) -> Tensor:
-    """Experts of all steps as one [rows, width, layers, k]; unknown where a token never passed through the engine: a last one."""
-    out = like.new_full((rows, width, *like.shape[1:]), UNKNOWN)
-    for t, (row, experts) in enumerate(steps):
-        out[row, t] = experts
-    return out
 
 
 def _twin(base, weights: Mapping[str, Tensor], dtype: torch.dtype | None = None):

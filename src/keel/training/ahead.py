@@ -90,6 +90,11 @@ class Ahead:
         schedule: Sequence[int] | None = None,
     ):
         self.config, self.version, self.stream, self.schedule = config, version, stream, schedule
+        if schedule is not None and config.train.partial_rollouts:
+            raise KeelError(
+                "A schedule tells one version for each batch, and with train.partial_rollouts tokens of one completion have "
+                "several. Expected one of them: replay a schedule of whole batches, or sample partial rollouts without one."
+            )
         self.updates = config.train.updates_per_batch or 1
         self.max_staleness = config.train.max_staleness
         self.asked: list[int] = []
@@ -227,18 +232,29 @@ def _work(
     """The worker: one batch for each request, until it is told to stop or nobody is there any more."""
     sampler = None
     try:
-        sampler = _sampler(RunConfig(**settings), taken)
+        config = RunConfig(**settings)
+        sampler = _sampler(config, taken)
+        engine, newest = sampler.engine, layout.views(buffer)
+
+        def renew(always: bool = False) -> bool:
+            if not always and shared_version.value == engine.version:
+                return False
+            with lock:
+                engine.load(newest, int(shared_version.value))
+            return True
+
+        renew(always=True)
+        if config.train.partial_rollouts:
+            engine.renew = renew
         pipe.send_bytes(dumps(("ready", None)))
-        loaded = -1
         while (request := loads(pipe.recv_bytes())) is not None:
             step, wanted, replayed = request
             if replayed is not None:
-                own = torch.frombuffer(bytearray(replayed), dtype=torch.uint8)
-                loaded = _load(sampler.engine, layout.views(own), wanted, loaded)
+                engine.load(layout.views(torch.frombuffer(bytearray(replayed), dtype=torch.uint8)), wanted)
             else:
-                with lock:
-                    loaded = _load(sampler.engine, layout.views(buffer), int(shared_version.value), loaded)
-            made = Made(sampler.batch(step), sampler.engine.version, sampler.stream.taken)
+                renew()
+            version = engine.version
+            made = Made(sampler.batch(step), version, sampler.stream.taken)
             pipe.send_bytes(dumps(("made", made)))
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         return
@@ -248,12 +264,6 @@ def _work(
     finally:
         if sampler is not None:
             getattr(sampler.engine, "close", lambda: None)()
-
-
-def _load(engine: Any, weights: Mapping[str, Tensor], version: int, loaded: int) -> int:
-    if version != loaded:
-        engine.load(weights, version)
-    return version
 
 
 def _sampler(config: RunConfig, taken: int):

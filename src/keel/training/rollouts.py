@@ -60,7 +60,8 @@ class Sampler:
             asked = [policy.template.render(prompt, policy.tokenizer) for prompt in prompts]
             seed, group_size = Seed(run=config.seed, step=step), config.train.group_size
             completions = self.engine.generate(asked, sampling, seed, group_size)
-            rules = dict(end_ids=policy.end_ids, vocab_size=vocab_size, version=self.engine.version)
+            version = None if config.train.partial_rollouts else self.engine.version  # else any that came in the middle
+            rules = dict(end_ids=policy.end_ids, vocab_size=vocab_size, version=version)
             check_completions(asked, completions, group_size, sampling, **rules)
             return asked, completions
 
