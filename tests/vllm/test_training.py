@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import psutil
 import pytest
 
 SMALL = {
@@ -40,3 +41,17 @@ def test_three_steps(model, tmp_path, measured):
     measured(
         f"{model}: 3 steps, gap max {worst:.1e} nats, k3 {k3:.1e}, rollouts {rollout:.1f} s of {rows[-1]['time/total_s']:.1f} s"
     )
+
+
+def test_vllm_samples_ahead_within_its_bound(tmp_path):
+    """A worker with vLLM's processes below it, ended with the run."""
+    flags = SMALL | RUNS["tiny-dense"] | {"steps": 6, "train.max_staleness": 2, "out": str(tmp_path / "run")}
+    command = [sys.executable, "-m", "keel", "train", "solid", *(part for k, v in flags.items() for part in (f"--{k}", str(v)))]
+    before = set(psutil.pids())
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    ages = [row["train/staleness_max"] for row in rows if "train/staleness_max" in row]
+    assert len(ages) == 6 and 0 < max(ages) <= 2
+    new = [p.info for p in psutil.process_iter(["pid", "cmdline"]) if p.pid not in before]
+    assert not [p for p in new if "VLLM" in " ".join(p["cmdline"] or [])]  # a dead one's line is empty
