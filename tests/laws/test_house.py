@@ -15,10 +15,10 @@ FLOORS = [  # a room may import from its own floor and from those above it in th
     {"settings", "config"},
     {"tasks", "rewards", "models"},
     {"rollout"},
-    {"training", "evaluate", "writers", "progress", "curves", "summary"},
+    {"training", "evaluate", "writers", "progress", "curves", "summary", "data"},
     {"manifest", "run_folder"},
     {"run"},
-    {"audit", "gap"},
+    {"audit", "gap", "grade"},
     {"cli", "__init__", "__main__"},
 ]
 KNOWS_ONLY = {
