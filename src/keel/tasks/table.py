@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from keel.errors import KeelError, nearest
+from keel.rewards.answer import AnswerGrader, check_golds
 from keel.rewards.exact import after_marker, exact, exact_anywhere, in_tag, last_line, last_number
 from keel.tasks.task import PromptTask, held_out, split_number
-from keel.types import Prompt
+from keel.types import Prompt, Score
 
 Row = Mapping[str, Any]
 EXTRACT = {
@@ -21,6 +22,7 @@ EXTRACT = {
     "marker": exact(after_marker()),
     "text": exact(str.strip),
 }
+GRADERS = ("exact", "answer")
 WRITE = {"tag": "<answer>{}</answer>", "marker": "A:{}"}  # how gold is written where it is not the completion itself
 
 
@@ -59,6 +61,7 @@ def table(
     extract: str = "auto",
     suffix: str = "",
     test: str = "",
+    grader: str = "exact",
 ) -> PromptTask:
     """A task from rows.
 
@@ -71,11 +74,13 @@ def table(
         extract: where a completion's answer is looked for: "number" (the last), "line" (the last), "tag"
             (<answer>…</answer>), "marker" (the last line "A:…"), "text" (all of it), or "auto" (`exact.answer_in`).
         suffix: written after every prompt.
+        grader: "exact" compares character for character; "answer" tells whether two answers say the same (`keel.rewards.answer`),
+            finds a completion's answer by itself, and looks at every gold answer on loading.
 
     Raises:
         KeelError: a file, a column or a value is missing, or cannot be read.
     """
-    grade = EXTRACT[_pick_extract(name, extract)]
+    grade = _grade(name, grader, extract)
 
     def prompts(where: str, kind: str) -> list[Prompt]:
         rows = enumerate(read(where))
@@ -83,7 +88,23 @@ def table(
 
     rows = prompts(source, "row")
     train, held = (rows, prompts(test, "test")) if test else _split(rows)
+    if grader == "answer":
+        check_golds([(prompt.id, prompt.answer) for prompt in (*train, *held)], f"Task {name!r}")
+        return PromptTask(name, train, held, grade, lambda prompt: f"\\boxed{{{prompt.answer}}}", own_gold_only=False)
     return PromptTask(name, train, held, grade, _gold_writer(extract))
+
+
+def _grade(name: str, grader: str, extract: str) -> Callable[[Prompt, str], Score]:
+    if grader == "exact":
+        return EXTRACT[_pick_extract(name, extract)]
+    if grader != "answer" or extract != "auto":
+        found = (
+            f"grader={grader!r}: {nearest(grader, GRADERS)}"
+            if grader != "answer"
+            else f"grader='answer' with extract={extract!r}: "
+        )
+        raise KeelError(f"Task {name!r} got {found}Expected one of {', '.join(GRADERS)}; `answer` finds the answer by itself.")
+    return AnswerGrader()
 
 
 def _split(rows: list[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
