@@ -1,4 +1,4 @@
-"""The command line: `keel train | eval | pretrain | papers | audit | gap | export`. Every setting is a flag by its dotted name.
+"""The command line: `keel train`, `keel audit` and the others of COMMANDS. Every setting is a flag by its dotted name.
 
 What is imported at the top is light, so that help and mistakes answer at once; each command imports what it needs.
 """
@@ -278,6 +278,25 @@ def gap(arguments: list[str]) -> int:
     )
 
 
+# ── study ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def study(arguments: list[str]) -> int:
+    """run the arms of a study under equal budgets and seeds, and compare them: keel study staircase --quick"""
+    parser = _parser("study", study)
+    parser.add_argument("source", nargs="?", help="a shipped study or a TOML file (default: list the shipped ones)")
+    parser.add_argument("--out", default="", help="the study's folder (default: one below runs/); it can be gone on with")
+    parser.add_argument("--seeds", type=int, help="runs of each arm (default: the study's)")
+    parser.add_argument("--quick", action="store_true", help="the study's quick size")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one CPU thread each (default: %(default)s)")
+    parser.add_argument("--plan", action="store_true", help="print the arms and stop")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON on stdout")
+    o = parser.parse_args(arguments)
+    from keel.lab.command import run
+
+    return run(o.source, out=o.out, seeds=o.seeds, quick=o.quick, workers=o.workers, plan_only=o.plan, as_json=o.json)
+
+
 # ── export ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -304,6 +323,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "papers": papers,
     "audit": audit,
     "gap": gap,
+    "study": study,
     "export": export,
 }
 

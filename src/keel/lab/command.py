@@ -1,0 +1,89 @@
+"""`keel study`: run the arms of a study, and print what they came to."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from keel.files import json_of, write_atomically
+from keel.lab.results import outcome, table
+from keel.lab.runner import jobs_of, run_jobs, write_plan
+from keel.lab.study import Arm, Study, load_study, shipped_studies
+
+
+def run(
+    source: str | None,
+    *,
+    out: str = "",
+    seeds: int | None = None,
+    quick: bool = False,
+    workers: int = 2,
+    plan_only: bool = False,
+    as_json: bool = False,
+) -> int:
+    """Run a study to its end, or go on with it; without a source, list those that are shipped."""
+    if source is None:
+        for name, path in shipped_studies().items():
+            print(f"{name:<24} {load_study(str(path)).question}")
+        return 0
+    study = load_study(source)
+    arms = study.resolved_arms(quick)
+    count = seeds or (study.quick_seeds if quick else study.seeds)
+    place = Path(out or f"runs/study-{study.name}{'-quick' if quick else ''}")
+    jobs = jobs_of(study, arms, place, count)
+    if plan_only or not as_json:
+        print(described(study, arms, count))
+    if plan_only:
+        return 0
+    write_plan(study, arms, jobs, place)
+    run_jobs(jobs, workers, lambda text: print(text, file=sys.stderr, flush=True))
+    rows = table([outcome(job) for job in jobs])
+    told = json_of({"study": study.name, "seeds": count, "arms": [_finite(row) for row in rows]})
+    write_atomically(place / "results.json", told)
+    print(told if as_json else tabulated(rows))
+    return 1 if any(row["failed"] for row in rows) else 0
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without what JSON cannot say: null stands for an end of an interval that is not known."""
+    return {
+        name: [each if math.isfinite(each) else None for each in value] if isinstance(value, tuple) else value
+        for name, value in row.items()
+    }
+
+
+def described(study: Study, arms: Sequence[Arm], seeds: int) -> str:
+    """The question, and in what exactly each arm differs."""
+    lines = [study.question, *(f"{name}: {text}" for name in ("source", "prediction") if (text := getattr(study, name)))]
+    lines += [f"{len(arms)} arms × {seeds} seeds:"]
+    return "\n".join([*lines, *(f"  {arm.name:<32} {_changes(arm.changes)}" for arm in arms), ""])
+
+
+def _changes(changes: dict[str, Any]) -> str:
+    return ", ".join(f"{name} = {value}" for name, value in changes.items()) or "the base"
+
+
+def tabulated(rows: Sequence[dict[str, Any]]) -> str:
+    """Arms as lines: means with 95 % t intervals over seeds."""
+    width = max(len(row["arm"]) for row in rows)
+    head = f"{'arm':<{width}}  {'pass@1':^20}  {'sampler':^20}  {'against the first':^23}  collapsed  k3 gap"
+    lines = [
+        f"{row['arm']:<{width}}  {_interval(row['pass@1'])}  {_interval(row['sampler pass@1'])}  "
+        f"{_interval(row['difference'], '+')}  {row['collapsed']:>4} of {row['runs']:<2}  {_plain(row.get('gap/k3_nats'))}"
+        for row in rows
+    ]
+    return "\n".join([head, *lines])
+
+
+def _interval(value: tuple[float, float, float], sign: str = "") -> str:
+    mean, low, high = value
+    if not math.isfinite(mean):
+        return f"{'-':^20}"
+    return f"{mean:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
+
+
+def _plain(value: tuple[float, float, float] | None) -> str:
+    return "-" if value is None or not math.isfinite(value[0]) else f"{value[0]:.2g}"

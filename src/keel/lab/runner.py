@@ -1,0 +1,148 @@
+"""Running a study: a process for each run, a few at a time. A run that ended is never made again; one that was cut off goes on."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from keel.errors import KeelError
+from keel.files import json_of, write_atomically
+from keel.lab.study import Arm, Study
+
+FAILED = "failed.txt"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a study: an arm under one seed, and its folder."""
+
+    arm: str
+    seed: int
+    out: Path
+    config: dict[str, Any]
+
+    @property
+    def done(self) -> bool:
+        """Whether it ended, well or badly."""
+        return (self.out / "summary.json").exists() or self.failure != ""
+
+    @property
+    def failure(self) -> str:
+        """Why it could not end; "" otherwise."""
+        told = self.out.with_name(f"{self.out.name}.{FAILED}")
+        return told.read_text(encoding="utf-8") if told.exists() else ""
+
+
+def jobs_of(study: Study, arms: Sequence[Arm], out: Path, seeds: int, threads: int = 1) -> list[Job]:
+    """Every run, seed by seed, so that a study that is stopped early has all arms of its first seeds."""
+    places = [out / folder_name(arm.name) for arm in arms]
+    return [
+        Job(arm.name, seed, place / str(seed), arm.seeded(seed, place / str(seed), threads).model_dump(mode="json"))
+        for seed in range(seeds)
+        for arm, place in zip(arms, places, strict=True)
+    ]
+
+
+def folder_name(arm: str) -> str:
+    """An arm's name as a folder."""
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in arm.replace(" · ", "+"))
+
+
+def run_jobs(jobs: Sequence[Job], workers: int, say: Callable[[str], None]) -> None:
+    """Run all that are not done, `workers` at a time.
+
+    A run that raises is reported beside its folder, and the others go on. A worker that is killed takes its runs with it once;
+    they go on from their checkpoints in a new pool. The second time they count as failed.
+    """
+    open_jobs = [job for job in jobs if not job.done]
+    say(f"{len(jobs)} runs, {len(jobs) - len(open_jobs)} of them done")
+    begin, ended, killed = time.monotonic(), 0, dict.fromkeys((job.out for job in open_jobs), 0)
+    while open_jobs:
+        for job, lost in _in_pool(open_jobs, workers):
+            if lost:
+                killed[job.out] += 1
+                if killed[job.out] > 1:
+                    _record(job, "its process was killed twice (out of memory?)")
+            ended += job.done
+            left = (time.monotonic() - begin) / max(ended, 1) * (len(killed) - ended)
+            state = "cut off; it goes on" if not job.done else job.failure.strip().split("\n")[-1] or "done"
+            say(f"{ended}/{len(killed)}  {job.arm}, seed {job.seed}: {state}  ({left / 60:.0f} min left)")
+        open_jobs = [job for job in open_jobs if not job.done]
+
+
+def _in_pool(jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, bool]]:
+    """(job, whether it was lost) as they end, until the pool is through or broken."""
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context)
+    waiting: dict[Future, Job] = {}
+    todo = iter(jobs)
+    try:
+        for job, _ in zip(todo, range(workers), strict=False):
+            waiting[pool.submit(run_one, job.config)] = job
+        while waiting:
+            ended, _ = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in ended:
+                job = waiting.pop(future)
+                try:
+                    failure = future.result()
+                except BrokenProcessPool:
+                    yield job, True
+                    for other in waiting.values():
+                        yield other, True
+                    return
+                if failure:
+                    _record(job, failure)
+                following = next(todo, None)
+                if following is not None:
+                    waiting[pool.submit(run_one, following.config)] = following
+                yield job, False
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def run_one(settings: dict[str, Any]) -> str:
+    """Train, or go on training, in this process; "" or what went wrong."""
+    from keel import run
+    from keel.config import RunConfig
+
+    try:
+        config = RunConfig(**settings)
+        if (Path(config.out) / "config.toml").exists():
+            run.resume(config.out, quiet=True)
+        else:
+            run.train(config, quiet=True)
+    except KeelError as fault:
+        return str(fault)
+    except Exception:  # one run's fault must not end the others
+        return traceback.format_exc()
+    return ""
+
+
+def _record(job: Job, failure: str) -> None:
+    job.out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(job.out.with_name(f"{job.out.name}.{FAILED}"), failure)
+
+
+def write_plan(study: Study, arms: Sequence[Arm], jobs: Sequence[Job], out: Path) -> None:
+    """Put the plan of a study into its folder, or see that it is the one that is there.
+
+    Raises:
+        KeelError: the folder holds another plan.
+    """
+    plan = {"study": study.model_dump(mode="json"), "arms": {arm.name: arm.changes for arm in arms}, "runs": len(jobs)}
+    place, text = out / "study.json", ""
+    out.mkdir(parents=True, exist_ok=True)
+    if place.exists():
+        text = place.read_text(encoding="utf-8")
+        before = json.loads(text)
+        if before["study"] | {"seeds": 0} != plan["study"] | {"seeds": 0}:
+            raise KeelError(f"{out} holds runs of another plan of {study.name!r}. Expected a new folder: name one by --out.")
+    write_atomically(place, json_of(plan))

@@ -1,0 +1,134 @@
+"""A study: one question, one base of settings, and arms that are overlays on it. Data; running it is `runner`'s work.
+
+    name = "staircase"
+    question = "What does each step away from on-policy cost?"
+    prediction = "…"            # written before the first run
+    seeds = 5
+    [base]                      # settings, as in any configuration
+    recipe = "solid"
+    [quick]                     # on top of the base with --quick
+    steps = 20
+    [arms.on-policy]            # the first arm is what the others are compared with
+    [arms.mini-batches]
+    train.updates_per_batch = 4
+
+In place of arms, `[axes.NAME.VALUE]` tables give a grid: an arm for each combination of values, "none · R2".
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from keel.config import RunConfig, Section
+from keel.errors import KeelError, nearest
+from keel.settings import dotted, explain, merged, nested, read_toml
+
+BUDGET = ("completions_total", "completion_tokens_total_at_most", "completions_per_evaluation")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of training.
+
+    Args:
+        name: as the study calls it.
+        changes: dotted settings in which it differs from the base: all of its difference.
+        config: resolved settings, for seed 0.
+    """
+
+    name: str
+    changes: dict[str, Any]
+    config: RunConfig
+
+    def seeded(self, seed: int, out: Path, threads: int) -> RunConfig:
+        """The run of one seed: the same prompts in the same order for every arm."""
+        return self.config.replaced({"seed": seed, "out": str(out), "train.threads": threads})
+
+
+class Study(Section):
+    """A study as its file has it.
+
+    Raises:
+        KeelError: a key is unknown, an arm does not construct, or arms differ in budget without `varies_budget`.
+    """
+
+    name: str = Field(description="of the study and of its folder")
+    question: str = Field(description="in one sentence")
+    source: str = Field("", description="where the question comes from")
+    prediction: str = Field("", description="what is expected, written before the first run")
+    seeds: int = Field(5, ge=1, description="runs of each arm")
+    varies_budget: bool = Field(False, description="whether arms may differ in what they sample")
+    base: dict[str, Any] = Field(default_factory=dict, description="settings of all arms")
+    quick: dict[str, Any] = Field(default_factory=dict, description="settings of a quick look, on top of the base")
+    quick_seeds: int = Field(2, ge=1, description="runs of each arm in a quick look")
+    arms: dict[str, dict[str, Any]] = Field(default_factory=dict, description="overlays by name")
+    axes: dict[str, dict[str, dict[str, Any]]] = Field(default_factory=dict, description="overlays by axis and value")
+
+    def __init__(self, **data: Any):
+        try:
+            super().__init__(**data)
+        except ValidationError as found:
+            raise KeelError(explain(found, Study)) from None
+
+    def overlays(self) -> dict[str, dict[str, Any]]:
+        """The settings of each arm that differ from the base, by the arm's name."""
+        if bool(self.arms) == bool(self.axes):
+            raise KeelError(
+                f"Study {self.name!r} has {'both arms and axes' if self.arms else 'neither arms nor axes'}. Expected one."
+            )
+        if self.arms:
+            return {name: dotted(changes) for name, changes in self.arms.items()}
+        grid = itertools.product(*(values.items() for values in self.axes.values()))
+        return {
+            " · ".join(value for value, _ in point): {k: v for _, changes in point for k, v in dotted(changes).items()}
+            for point in grid
+        }
+
+    def resolved_arms(self, quick: bool = False) -> list[Arm]:
+        """Every arm with its whole configuration, checked."""
+        base = merged(self.base, self.quick if quick else {})
+        arms = [Arm(name, changes, _config(self.name, name, base, changes)) for name, changes in self.overlays().items()]
+        if not self.varies_budget:
+            _check_budgets(self.name, arms)
+        return arms
+
+
+def _config(study: str, arm: str, base: dict[str, Any], changes: dict[str, Any]) -> RunConfig:
+    try:
+        return RunConfig(**merged(base, nested(changes))).resolved()
+    except KeelError as fault:
+        raise KeelError(f"Arm {arm!r} of study {study!r}: {fault}") from None
+
+
+def _check_budgets(study: str, arms: list[Arm]) -> None:
+    first, *others = arms
+    for arm in others:
+        ours, theirs = arm.config.derived(), first.config.derived()
+        unequal = [f"{name} {ours[name]} against {theirs[name]}" for name in BUDGET if ours[name] != theirs[name]]
+        if unequal:
+            raise KeelError(
+                f"Arm {arm.name!r} of study {study!r} has another budget than {first.name!r}: {', '.join(unequal)}. Expected equal "
+                "ones, or varies_budget = true where the budget is the question."
+            )
+
+
+def shipped_studies() -> dict[str, Path]:
+    """Studies that come with the package, by name."""
+    return {path.stem: path for path in sorted((Path(__file__).parents[1] / "studies").glob("*.toml"))}
+
+
+def load_study(source: str) -> Study:
+    """A study from a TOML file, or a shipped one by name."""
+    known = shipped_studies()
+    if source in known:
+        return Study(**read_toml(known[source]))
+    if not source.endswith(".toml"):
+        raise KeelError(
+            f"There is no study {source!r}. {nearest(source, known)}Expected a TOML file, or one of: {', '.join(known) or 'none'}."
+        )
+    return Study(**read_toml(Path(source)))

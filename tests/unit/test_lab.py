@@ -1,0 +1,183 @@
+"""Studies: arms as overlays, equal budgets, runs that fail or are killed, and what is said in the end."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+from keel.errors import KeelError
+from keel.lab.command import run, tabulated
+from keel.lab.results import Outcome, collapsed, mean_interval, outcome, table
+from keel.lab.runner import Job, folder_name, jobs_of, run_jobs, write_plan
+from keel.lab.study import Study, load_study, shipped_studies
+from keel.settings import nested
+
+TINY = nested({
+    "steps": 2, "train.prompts_per_step": 2, "train.group_size": 2, "evaluation.prompts": 4, "evaluation.samples": 1,
+    "evaluation.every": 0, "sampling.max_completion_tokens": 8, "train.probe_every": 0,
+})  # fmt: skip
+
+
+def study(**changes) -> Study:
+    given = {"name": "s", "question": "?", "base": TINY, "arms": {"first": {}, "warm": {"sampling": {"temperature": 1.2}}}}
+    return Study(**(given | changes))
+
+
+def test_arms_are_overlays_and_seeds_are_shared():
+    arms = study().resolved_arms()
+    assert [arm.name for arm in arms] == ["first", "warm"] and arms[1].changes == {"sampling.temperature": 1.2}
+    first, warm = (arm.seeded(3, Path("x"), 1).model_dump() for arm in arms)
+    assert first["seed"] == warm["seed"] == 3 and warm["sampling"].pop("temperature") == 1.2
+    first["sampling"].pop("temperature")
+    assert first == warm
+
+
+def test_axes_make_a_grid():
+    axes = {"gap": {"none": {}, "bits": {"engine": {"weight_bits": 4}}}, "fix": {"plain": {}, "cut": {"train.lr": 1e-3}}}
+    overlays = study(arms={}, axes=axes).overlays()
+    assert list(overlays) == ["none · plain", "none · cut", "bits · plain", "bits · cut"]
+    assert overlays["bits · cut"] == {"engine.weight_bits": 4, "train.lr": 1e-3}
+    assert len({folder_name(name) for name in overlays}) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"arms": {"first": {}, "long": {"steps": 4}}},
+            "Arm 'long' of study 's' has another budget than 'first': completions_total",
+        ),
+        ({"arms": {"odd": {"train": {"lrr": 1}}}}, "Arm 'odd' of study 's': There is no setting 'train.lrr'"),
+        ({"arms": {}}, "neither arms nor axes"),
+        ({"axes": {"a": {"b": {}}}}, "both arms and axes"),
+    ],
+)
+def test_a_study_that_cannot_be_fair_is_refused(changes, said):
+    with pytest.raises(KeelError, match=said):
+        study(**changes).resolved_arms()
+
+
+def test_unknown_keys_and_studies_are_named():
+    with pytest.raises(KeelError, match="qestion"):
+        Study(name="s", qestion="?")
+    with pytest.raises(KeelError, match="There is no study 'stair'"):
+        load_study("stair")
+
+
+def test_a_varied_budget_is_said():
+    assert len(study(arms={"first": {}, "long": {"steps": 4}}, varies_budget=True).resolved_arms()) == 2
+
+
+@pytest.mark.parametrize("name", shipped_studies())
+@pytest.mark.parametrize("quick", [True, False])
+def test_shipped_studies_construct(name, quick):
+    made = load_study(name)
+    assert made.name == name and made.resolved_arms(quick) and made.question and made.prediction
+
+
+KILLER = """
+import multiprocessing, os, pathlib, signal
+mark = pathlib.Path({mark!r})
+if multiprocessing.parent_process() is not None and {always} | (not mark.exists()):
+    mark.touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def killing(tmp_path, monkeypatch, always: bool) -> Study:
+    """A study one of whose arms kills the process that it runs in, once or always."""
+    name = f"killer_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(KILLER.format(mark=str(tmp_path / "mark"), always=always))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return study(arms={"killed": {"plugins": [name]}})
+
+
+def test_runs_end_and_are_not_made_again(tmp_path, capsys):
+    plan = study(arms={"first": {}, "broken": {"task": "jsonl:nowhere.jsonl"}})
+    arms, said = plan.resolved_arms(), []
+    jobs = jobs_of(plan, arms, tmp_path, 1)
+    run_jobs(jobs, 2, said.append)
+    assert jobs[0].done and not jobs[0].failure and "nowhere.jsonl" in jobs[1].failure
+    stamp = (jobs[0].out / "summary.json").stat().st_mtime_ns
+    run_jobs(jobs, 2, said.append)
+    assert said[-1] == "2 runs, 2 of them done" and (jobs[0].out / "summary.json").stat().st_mtime_ns == stamp
+    rows = table([outcome(job) for job in jobs])
+    assert rows[0]["failed"] == 0 and rows[1]["failed"] == rows[1]["collapsed"] == 1
+    assert math.isnan(rows[1]["pass@1"][0]) and "broken" in tabulated(rows)
+
+
+def test_a_killed_worker_loses_nothing(tmp_path, monkeypatch):
+    plan = killing(tmp_path, monkeypatch, always=False)
+    jobs, said = jobs_of(plan, plan.resolved_arms(), tmp_path / "out", 2), []
+    run_jobs(jobs, 2, said.append)
+    assert all(job.done and not job.failure for job in jobs) and any("cut off" in text for text in said)
+
+
+def test_a_run_that_is_always_killed_is_reported(tmp_path, monkeypatch):
+    plan = killing(tmp_path, monkeypatch, always=True)
+    jobs = jobs_of(plan, plan.resolved_arms(), tmp_path / "out", 1)
+    run_jobs(jobs, 1, lambda text: None)
+    assert "killed twice" in jobs[0].failure
+
+
+def test_a_folder_keeps_to_its_plan(tmp_path):
+    plan = study()
+    write_plan(plan, plan.resolved_arms(), [], tmp_path)
+    write_plan(study(seeds=7), plan.resolved_arms(), [], tmp_path)  # more seeds are welcome
+    with pytest.raises(KeelError, match="another plan"):
+        write_plan(study(question="another?"), plan.resolved_arms(), [], tmp_path)
+
+
+def test_the_command_runs_a_file(tmp_path, capsys):
+    file = tmp_path / "mine.toml"
+    file.write_text('name = "mine"\nquestion = "Is it?"\n[base]\nsteps = 2\ntrain.prompts_per_step = 2\ntrain.group_size = 2\n'
+                    'evaluation.prompts = 4\nevaluation.samples = 1\n[arms.only]\n')  # fmt: skip
+    assert run(str(file), plan_only=True) == 0 and "1 arms × 5 seeds" in capsys.readouterr().out
+    assert run(str(file), out=str(tmp_path / "out"), seeds=1, workers=1, as_json=True) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (
+        told["arms"][0]["arm"] == "only"
+        and told["arms"][0]["difference"] == [0.0, None, None]
+        and told == json.loads((tmp_path / "out" / "results.json").read_text())
+    )
+    assert run(None) == 0
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def made(arm, seed, last, first=0.5):
+    return Outcome(arm, seed, ((0.0, first), (10.0, last)), (), {})
+
+
+def test_differences_are_paired_by_seed():
+    noise = [0.0, 0.2, 0.4]
+    outcomes = [made("a", s, 0.3 + noise[s]) for s in range(3)] + [made("b", s, 0.35 + noise[s]) for s in (2, 0, 1)]
+    row = table(outcomes)[1]
+    assert row["difference"] == pytest.approx((0.05, 0.05, 0.05)) and row["pass@1"][0] == pytest.approx(0.55)
+
+
+def test_the_interval_is_students():
+    values = [0.1, 0.4, 0.2, 0.5]
+    expected = stats.t.interval(0.95, 3, loc=0.3, scale=stats.sem(values))
+    assert mean_interval(values) == pytest.approx((0.3, *expected))
+    assert mean_interval([0.2])[1:] == (-math.inf, math.inf) and math.isnan(mean_interval([])[0])
+
+
+@pytest.mark.parametrize(
+    ("curve", "verdict"),
+    [([0.5, 0.9, 0.44], True), ([0.5, 0.9, 0.46], False), ([0.5, math.nan], True), ([], False), ([0.2, 0.1, 0.3], False)],
+)
+def test_collapse_is_half_of_the_best(curve, verdict):
+    assert collapsed(curve) is verdict
+
+
+def test_a_run_that_failed_has_collapsed(tmp_path):
+    job = Job("a", 0, tmp_path / "0", {})
+    (tmp_path / "0.failed.txt").write_text("why")
+    assert outcome(job).collapsed and math.isnan(outcome(job).last)
