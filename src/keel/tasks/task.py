@@ -122,6 +122,17 @@ def get_task(spec: str, **options: Any) -> Task:
     Raises:
         KeelError: no such task or variant, an option that it does not take, or data that fail `check_task`.
     """
+    task = unchecked_task(spec, **options)
+    task.check()
+    return task
+
+
+def unchecked_task(spec: str, **options: Any) -> Task:
+    """The same without its check: for looking at data that may be bad.
+
+    Raises:
+        KeelError: no such task or variant, an option that it does not take, or data that cannot be read.
+    """
     head, _, query = spec.partition("?")
     name, _, variant = head.partition(":")
     if name not in _HOMES and name not in _REGISTERED:
@@ -132,9 +143,7 @@ def get_task(spec: str, **options: Any) -> Task:
     factory = _REGISTERED[name] if name in _REGISTERED else _import(_HOMES[name])
     chosen = {**dict(parse_qsl(query, keep_blank_values=True)), **options}
     _check_options(spec, factory, chosen)
-    task = factory(variant, **chosen)
-    task.check()
-    return task
+    return factory(variant, **chosen)
 
 
 def _import(home: str) -> Factory:
