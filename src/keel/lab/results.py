@@ -58,7 +58,7 @@ MEANS = ("gap/k3_nats", "gap/outside_frac", "policy/clip_frac", "policy/old_kl_n
 
 def outcome(job: Job) -> Outcome:
     """What is on disk of one run."""
-    rows = read_jsonl(job.out / "metrics.jsonl") if (job.out / "metrics.jsonl").exists() else []
+    rows = list(read_jsonl(job.out / "metrics.jsonl")) if (job.out / "metrics.jsonl").exists() else []
     tokens, points = 0.0, {"eval/pass@1": [], "eval/sampler/pass@1": []}
     for row in rows:
         tokens = float(row.get("tokens/total", tokens))
