@@ -146,8 +146,7 @@ def fit(votes: Sequence[Vote]) -> Suspicion:
         prior = 1.5 * np.log(model.wrong) + 20 * np.log1p(-model.wrong) + 1.5 * np.log(model.seen) + 10 * np.log1p(-model.seen)
         return -float(likely + prior - (x[2:] ** 2).sum() / 4)
 
-    start = np.array([-2.6, -2.0, 0.0, 0.0, 0.0, 0.0])
-    return _model(minimize(loss, start, method="Nelder-Mead", options={"maxiter": 500, "xatol": 1e-2, "fatol": 1e-2}).x)
+    return _model(minimize(loss, np.array([-2.2, -2.0, 0.5, 0.5, 0.0, 0.7]), method="L-BFGS-B").x)
 
 
 def _model(x: Float[np.ndarray, "6"]) -> Suspicion:
