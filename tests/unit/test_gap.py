@@ -269,6 +269,21 @@ def test_a_wreck_is_neither_a_temperature_nor_a_cut(found):
     assert "Temperature: no fault" in said and "Mass:" not in said and "Wreck:" in said
 
 
+def test_a_dense_model_has_no_routing(found):
+    assert found().routing is None
+
+
+@pytest.mark.parametrize(("noise", "says"), [(0.0, "send every token to the same experts"), (0.2, "R3) is worth its memory")])
+def test_routing_is_told_apart_from_the_rest(noise, says):
+    made = find("tiny-moe", SMALL | {"engine.router_noise": noise, "engine.head_format": "bf16"}, samples=256, group_size=4)
+    routing = made.routing  # the head's rounding alone moves no token to another expert
+    assert routing.tokens_differ_frac >= routing.layers_differ_frac and routing.load_max >= 1.0
+    assert routing.replayed_k3_nats <= made.gap.k3_nats * 1.0001 and says in " ".join(explained(made))
+    if noise:
+        assert routing.replayed_k3_nats < 0.7 * made.gap.k3_nats and routing.k3_share > 0.1 and routing.tokens_differ_frac > 0.05
+        assert "experts that differ" in told(made)
+
+
 def test_the_table(found):
     out = told(found(engine__format="bf16"))
     assert "engine local, format bf16" in out and "Noise floor:" in out and "truncate_token" in out

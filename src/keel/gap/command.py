@@ -13,11 +13,14 @@ from keel import run as runs
 from keel.config import load_config
 from keel.errors import KeelError
 from keel.files import json_of
-from keel.gap.floor import Floor, noise_floor, sample, trainer_view
+from keel.gap.floor import Floor, noise_floor, sample
 from keel.gap.measure import Gap, measure
 from keel.gap.remedies import Remedy, remedies
+from keel.gap.routing import Routed, routed
 from keel.gap.temperature import Fit, fit_temperature
 from keel.run_folder import RunFolder
+from keel.training.batch import micro_batches
+from keel.training.step import look
 from keel.types import Batch
 
 FITTED = 128  # completions that the best-fit temperature is read off
@@ -35,6 +38,7 @@ class Found:
     floor: Floor
     fit: Fit
     remedies: list[Remedy]
+    routing: Routed | None = None
 
     def as_json(self) -> dict[str, Any]:
         """For machines."""
@@ -59,9 +63,11 @@ def find(
     parts = _parts(source, overrides or {}, step)
     config, policy, sampling = parts.config, parts.policy, parts.config.sampling.distribution()
     batch = sample(parts.engine, policy, parts.task, sampling, completions=samples, group_size=group_size, seed=config.seed)
-    seen = trainer_view(policy, batch, sampling.temperature)
+    cuts = micro_batches(batch, config.train.micro_batch_tokens)
+    seen = look(policy, batch, cuts, sampling.temperature)
     few = batch.rows(torch.arange(min(len(batch), FITTED)))
-    fit = fit_temperature(lambda factor: trainer_view(policy, few, sampling.temperature * factor).logp, few.logp_rollout, few.mask)
+    whole = [torch.arange(len(few))]
+    fit = fit_temperature(lambda factor: look(policy, few, whole, sampling.temperature * factor).logp, few.logp_rollout, few.mask)
     return Found(
         model=source,
         task=config.task,
@@ -69,6 +75,7 @@ def find(
         gap=measure(seen.logp, batch.logp_rollout, batch.mask, seen.entropy, batch.group),
         floor=noise_floor(policy, batch, seen.logp, sampling.temperature),
         fit=fit,
+        routing=routed(policy, batch, seen, cuts, sampling.temperature),
         remedies=_remedies(seen.logp, batch),
         seconds=time.perf_counter() - begun,
     )

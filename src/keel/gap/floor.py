@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from keel.errors import KeelError
-from keel.models.policy import Policy, TokenLogp
+from keel.models.policy import Policy
 from keel.objectives.kl import k3
 from keel.rollout.engine import Engine, Seed, check_completions
 from keel.tasks.task import Task
 from keel.training.batch import batch_from_groups, micro_batches
 from keel.training.buffer import PromptStream
+from keel.training.step import look
 from keel.types import Batch, Group, Sampling, Score
 
 GAP = 2**31 + 2  # the step that a gap is measured under: never training's, an evaluation's or an audit's
@@ -68,13 +68,6 @@ def sample(
 
 
 @torch.no_grad()
-def trainer_view(policy: Policy, batch: Batch, temperature: float, cuts: Sequence[Int[Tensor, " _"]] | None = None) -> TokenLogp:
-    """Log-probabilities and entropies of a batch as training computes them, or cut otherwise."""
-    parts = [policy.logp(batch.rows(rows), temperature=temperature) for rows in cuts or micro_batches(batch, 16384)]
-    return TokenLogp(torch.cat([part.logp for part in parts]), torch.cat([part.entropy for part in parts]))
-
-
-@torch.no_grad()
 def noise_floor(policy: Policy, batch: Batch, logp: Float[Tensor, "B T"], temperature: float) -> Floor:
     """The trainer's log-probabilities again: in micro-batches a seventh as large, with rows reversed, and one by one.
 
@@ -83,9 +76,9 @@ def noise_floor(policy: Policy, batch: Batch, logp: Float[Tensor, "B T"], temper
     """
     rows, few = torch.arange(len(batch)), torch.arange(min(len(batch), ALONE))
     tokens = int((batch.prompt_len + batch.completion_len).sum())
-    smaller = trainer_view(policy, batch, temperature, micro_batches(batch, max(1, tokens // 7))).logp
-    turned = trainer_view(policy, batch, temperature, [rows.flip(0)]).logp.flip(0)
-    alone = trainer_view(policy, batch, temperature, list(few[:, None])).logp
+    smaller = look(policy, batch, micro_batches(batch, max(1, tokens // 7)), temperature).logp
+    turned = look(policy, batch, [rows.flip(0)], temperature).logp.flip(0)
+    alone = look(policy, batch, list(few[:, None]), temperature).logp
     ways = {"in smaller micro-batches": smaller, "rows in reverse": turned, "each completion alone": alone}
     found = {name: _difference(other, logp[: len(other)], batch.mask[: len(other)]) for name, other in ways.items()}
     worst = max(found.values())

@@ -20,6 +20,7 @@ EXPLAINED = 0.1  # share of the gap's variance from which its dependence on the 
 USUAL = {"format": "fp32", "weight_bits": None, "head_format": None, "order": "fused", "router_noise": 0.0, "sync_every": 1}
 WRECKED = 0.4  # share of ratios outside [.9, 1.1] from which nobody should ask whether it is noise
 ONE_SIDED = 0.01  # share of ratios above 1.1 up to which a low mean ratio is a cut: a cut makes none
+REPLAY_PAYS = 0.7  # share of k3 that is left with replay, from which on down it is recommended
 MUCH = 0.9  # share of the sequence weights' effective samples from which whole-sequence corrections cost little
 
 
@@ -34,7 +35,16 @@ def explained(found: Found) -> list[str]:
     first = [_floor(found), _size(found)]
     if at_floor(found):
         return [*first, "Nothing has to be corrected. Ratios and weights between the two are 1 for every purpose."]
-    sentences = [*first, _temperature(found), _mass(found), _noise(found), _where(found.gap), _sequences(found.gap), _advice(found)]
+    sentences = [
+        *first,
+        _temperature(found),
+        _mass(found),
+        _noise(found),
+        _where(found.gap),
+        _routing(found),
+        _sequences(found.gap),
+        _advice(found),
+    ]
     return [sentence for sentence in sentences if sentence]
 
 
@@ -74,6 +84,21 @@ def _table(found: Found) -> list[str]:
             f"× {fit.likelihood:.2f} as drawn, 95 % {fit.likelihood_low:.2f} … {fit.likelihood_high:.2f}",
         ),
     ]
+    if found.routing is not None:
+        moe = found.routing
+        rows += [
+            (
+                "experts that differ",
+                f"{_share(moe.layers_differ_frac)} of layers",
+                f"{_share(moe.tokens_differ_frac)} of tokens in any",
+            ),
+            (
+                "k3 with the engine's experts",
+                f"{_n(moe.replayed_k3_nats)} nats/token",
+                f"largest |gap| {_n(moe.replayed_max_abs_nats)}",
+            ),
+            ("load of the busiest expert", f"× {moe.load_max:.2f}", f"{_share(moe.idle_frac)} of experts idle"),
+        ]
     width, second = max(len(row[0]) for row in rows), max(len(row[1]) for row in rows)
     return [f"{name:<{width}}  {value:<{second}}  {note}".rstrip() for name, value, note in rows]
 
@@ -183,6 +208,20 @@ def _where(gap: Gap) -> str:
         places = " and ".join("first" if each.where == "1" else "last" for each in ends)
         said += f" The {places} token stands out by {max(e.k3_nats for e in ends) / gap.k3_nats:.0f} ×: look for a shift by one."
     return said
+
+
+def _routing(found: Found) -> str:
+    moe, k3_nats = found.routing, found.gap.k3_nats
+    if moe is None:
+        return ""
+    if moe.tokens_differ_frac == 0:
+        return "Routing: engine and trainer send every token to the same experts, so replay would change nothing."
+    left = moe.replayed_k3_nats / k3_nats
+    verdict = "Replay of the engine's experts (R3) is worth its memory" if left < REPLAY_PAYS else "R3 would not help much"
+    return (
+        f"Routing: {_share(moe.tokens_differ_frac)} of the tokens go to other experts in some layer, and {_share(moe.k3_share)} of "
+        f"k3 is theirs. With the engine's experts replayed {_share(left)} of k3 is left. {verdict}."
+    )
 
 
 def _sequences(gap: Gap) -> str:
