@@ -21,7 +21,7 @@ EXACT: dict[str, Grader] = {
     "marker": exact(after_marker()),
     "text": exact(str.strip),
 }
-_HOMES: dict[str, str] = {}  # name → module:function, imported when it is asked for
+_HOMES = {"answer": "keel.rewards.answer:AnswerGrader"}  # name → module:function, imported when it is asked for
 _REGISTERED: dict[str, Grader] = {}
 
 
@@ -45,6 +45,8 @@ def known_graders() -> list[str]:
 def get_grader(name: str) -> Grader:
     """A grader by its name, or the function at "package.module:function" or "path/to/file.py:function".
 
+    A class that is found there is made without arguments, and its instances are to be called.
+
     Raises:
         KeelError: no such grader, module, file or function.
     """
@@ -60,7 +62,7 @@ def get_grader(name: str) -> Grader:
     found = getattr(_module(module, name), function, None)
     if not callable(found):
         raise KeelError(f"Grader {name!r}: {module} has no function {function!r}. Expected one that takes (prompt, text).")
-    return found
+    return found() if isinstance(found, type) else found
 
 
 def _module(module: str, name: str) -> ModuleType:
