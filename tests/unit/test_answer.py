@@ -10,6 +10,7 @@ from keel.errors import KeelError
 from keel.rewards.answer import AnswerGrader, answer_grader_version, check_golds, equal, extract, gold_problem
 from keel.rewards.answer.extract import find
 from keel.rewards.answer.grader import GOLDEN, PAIRS
+from keel.rewards.answer.workers import Workers
 from keel.tasks.task import get_task
 from keel.types import Prompt
 
@@ -60,7 +61,9 @@ def test_the_shipped_set():
     """recall >= .97 at precision >= .995; nothing hostile is right."""
     table = rows(PAIRS)
     assert len(table) >= 600 and {row["class"] for row in table} == {"equal", "near_miss", "junk", "hostile"}
-    said = [(row, equal(row["answer"], row["gold"]).correct) for row in table]
+    pool = Workers(count=2, bound=2.0)
+    said = [(row, equal(row["answer"], row["gold"], pool).correct) for row in table]
+    pool.close()
     right = sum(row["label"] for row in table)
     hits = sum(row["label"] for row, correct in said if correct)
     accepted = sum(correct for _, correct in said)

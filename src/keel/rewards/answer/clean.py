@@ -40,7 +40,8 @@ _TABLE = str.maketrans(
 _WRAPPERS = (  # what stands around a whole answer: opening, closing
     ("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("`", "`"), ('"', '"'), ("__", "__"),
 )  # fmt: skip
-_TRAILING = re.compile(r"(?<![.,;:!?\s])\s*[.,;]$")
+_TRAILING = re.compile(r"(?<![.,;:!?\s])\s*[.]$")
+_TRAILING_SPACE = re.compile(r"(?:(?<!\\)\\[ ,;:!]?|~|\s)+$")
 _PAIRED_DOLLAR = re.compile(r"(?<!\\)\$")
 
 _WORD = r"(?![A-Za-z])"
@@ -49,7 +50,8 @@ _REWRITES: list[tuple[re.Pattern[str], str]] = [
     for pattern, new in [
         (r"(?<=\d)\{,\}(?=\d{3})", ""),
         (r"\\(?:left|right)\s*\.", ""),
-        (r"\\(?:left|right|middle|[bB]ig{1,2}[lrm]?|displaystyle|textstyle|scriptstyle|limits|nolimits|mathstrut)" + _WORD, ""),
+        (r"\\(?:left|right|middle|[bB]ig{1,2}[lrm]?)(?=\s*(?:[(\[|<)\]>/]|\\[{}|]|\\[lr](?:vert|angle|floor|ceil|brace)))", ""),
+        (r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|mathstrut)" + _WORD, ""),
         (r"(?<!\\)\\!", ""),
         (r"(?<!\\)\\[,;:> ]|\\(?:q?quad|enspace|thinspace|space)" + _WORD + "|(?<!^)~", " "),
         (
@@ -63,6 +65,7 @@ _REWRITES: list[tuple[re.Pattern[str], str]] = [
         (r"\\frac\s*(\d)\s*(?=\{)", r"\\frac{\1}"),
         (r"\\frac\s*(\{[^{}]*\})\s*(\d)", r"\\frac\1{\2}"),
         (r"\\sqrt\s*(\d+)", r"\\sqrt{\1}"),
+        (r"\{([^{}]*)\\choose" + _WORD + r"([^{}]*)\}", r"\\binom{\1}{\2}"),
         (r"\{([^{}]*)\\over" + _WORD + r"([^{}]*)\}", r"\\frac{\1}{\2}"),
         (r"\\(?:cdot|times|ast)" + _WORD, "*"),
         (r"\\div" + _WORD, "/"),
@@ -108,7 +111,7 @@ def readable(text: object) -> str:
 def unwrap(text: str) -> str:
     """Without the signs around a whole answer: dollars, \\(…\\), stars, quotes, one box, a final full stop."""
     for _ in range(8):
-        before, text = text, _TRAILING.sub("", text.strip())
+        before, text = text, _TRAILING.sub("", _TRAILING_SPACE.sub("", text.strip()))
         for opening, closing in _WRAPPERS:
             inner = text[len(opening) : len(text) - len(closing)]
             if text.startswith(opening) and text.endswith(closing) and inner and opening not in inner and closing not in inner:

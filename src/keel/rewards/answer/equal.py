@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -17,11 +19,11 @@ from typing import Literal
 from keel.rewards.answer import words
 from keel.rewards.answer.clean import clean, plain_text, readable, squash
 from keel.rewards.answer.errors import NotMath, TooLarge, Undefined, Unreadable, Unsupported
+from keel.rewards.answer.exact import fold
 from keel.rewards.answer.extract import find, is_marked
 from keel.rewards.answer.shapes import Shape, same, shape
 from keel.rewards.answer.syntax import parse
 from keel.rewards.answer.units import Unit, split_unit
-from keel.rewards.answer.value import fold
 from keel.rewards.answer.workers import Failed, Workers
 from keel.types import Score
 
@@ -75,6 +77,9 @@ class _Reading:
         return isinstance(self.error, NotMath) and bool(re.search(r"[^\W\d_]{2,}", self.text)) and "\\" not in self.text
 
 
+_NONE = Verdict("unscorable", "not asked")
+
+
 def equal(answer: object, gold: object, workers: Workers | None = None) -> Verdict:
     """Whether an answer says the same as the gold answer.
 
@@ -103,6 +108,22 @@ def equal(answer: object, gold: object, workers: Workers | None = None) -> Verdi
         return Verdict("wrong", f"the answer {error}", "own")
     except RecursionError:
         return Verdict("wrong", "the answer has too many brackets inside each other", "own")
+    except (ArithmeticError, ValueError) as error:  # none is known; a reward that raises would end a run
+        return Verdict("unscorable", f"could not be computed: {type(error).__name__}: {str(error)[:80]}", "own")
+
+
+def equal_all(pairs: Sequence[tuple[object, object]], workers: Workers | None = None) -> list[Verdict]:
+    """`equal` of every (answer, gold answer), in their order; the worker processes work at the same time."""
+    pool = workers or shared_workers()
+
+    def share(first: int) -> list[Verdict]:
+        return [equal(answer, gold, pool) for answer, gold in pairs[first :: pool.count]]
+
+    verdicts: list[Verdict] = [_NONE] * len(pairs)
+    with ThreadPoolExecutor(pool.count, thread_name_prefix="keel-answer") as threads:
+        for first, said in enumerate(threads.map(share, range(pool.count))):
+            verdicts[first :: pool.count] = said
+    return verdicts
 
 
 def _numbers(answer: object, gold: object) -> Verdict | None:
@@ -123,7 +144,7 @@ def _number(text: str) -> int | Fraction:
 def _answer_in(answer: object, gold: _Reading) -> object:
     if not isinstance(answer, str) or len(answer) < 6:
         return answer
-    prose = gold.shape is not None and _PROSE.search(answer[:2000]) is not None
+    prose = not _PROSE.search(gold.text) and _PROSE.search(answer[:2000]) is not None
     if not prose and not is_marked(answer):
         return answer
     found = find(answer)
@@ -265,7 +286,7 @@ def _half_turn(a: _Reading, g: _Reading) -> bool:
 def _asked(a: _Reading, g: _Reading, workers: Workers) -> Verdict:
     """math-verify's verdict, from a process that may be killed."""
     try:
-        said = workers.ask(a.latex, g.latex)
+        said = workers.ask(_asked_as(a), _asked_as(g))
     except (Failed, OSError) as error:
         return Verdict("unscorable", f"math-verify {error}", "math-verify")
     if said["read"]:
@@ -273,6 +294,13 @@ def _asked(a: _Reading, g: _Reading, workers: Workers) -> Verdict:
     if said["what"] == "answer":
         return Verdict("wrong", f"no formula: {said['why']}", "math-verify")
     return Verdict("unscorable", f"math-verify cannot read the {said['what']}: {said['why']}", "math-verify")
+
+
+def _asked_as(side: _Reading) -> str:
+    """A rational number by its digits, which need no parser; else the formula."""
+    if side.shape is not None and side.shape.kind == "value" and side.shape.items[0][0] == "n":
+        return str(side.shape.items[0][1])
+    return side.latex
 
 
 _SHARED_LOCK = threading.Lock()

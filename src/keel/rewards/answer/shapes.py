@@ -7,8 +7,9 @@ from fractions import Fraction
 from typing import Any
 
 from keel.rewards.answer.errors import NotMath, Undefined, Unsupported
+from keel.rewards.answer.exact import fold, infinite, put, symbols
 from keel.rewards.answer.syntax import Node, negative
-from keel.rewards.answer.value import fold, infinite, number_of, same_everywhere, same_value, symbols
+from keel.rewards.answer.value import number_of, same_ratio, same_value
 
 INFINITY: Node = ("c", "inf")
 MOST_ITEMS = 100
@@ -204,15 +205,9 @@ def _inequality(op: str, a: Node, b: Node) -> Shape:
     return Shape("region", (piece,), next(iter(names)))
 
 
-def _put(node: Any, name: str, value: Fraction) -> Any:
-    if node == ("s", name):
-        return ("n", value)
-    return tuple(_put(part, name, value) for part in node) if isinstance(node, tuple) else node
-
-
 def _zero(node: Node, name: str) -> tuple[Node, bool] | None:
     """Where a linear function of one symbol is zero, and whether it rises; None where it is not linear."""
-    at = [fold(_put(node, name, Fraction(x))) for x in (0, 1, 2, 5)]
+    at = [fold(put(node, {name: Fraction(x)})) for x in (0, 1, 2, 5)]
     slope = fold(("+", at[1], negative(at[0])))
     if not same_value(("+", at[2], negative(at[1])), slope) or not same_value(
         ("+", at[3], negative(at[0])), ("*", ("n", Fraction(5)), slope)
@@ -220,23 +215,6 @@ def _zero(node: Node, name: str) -> tuple[Node, bool] | None:
         return None
     rise = number_of(slope)
     return (fold(("/", negative(at[0]), slope)), rise > 0) if rise else None
-
-
-def same_ratio(a: Node, b: Node, positive: bool) -> bool:
-    """Whether one difference is a constant times the other, and where asked a positive one: the same (in)equality."""
-    names = symbols(a)
-    if not names or names != symbols(b):
-        return False
-
-    def holds(values: list[Any], tolerance: Any, earlier: list[Any]) -> bool:
-        if abs(values[0]) <= tolerance or abs(values[1]) <= tolerance:
-            return False
-        first = earlier[0] if earlier else values
-        if positive and (values[0] * values[1]).real <= 0:
-            return False
-        return abs(values[0] * first[1] - values[1] * first[0]) <= tolerance * (1 + abs(first[0]) + abs(first[1]))
-
-    return same_everywhere([a, b], names, holds)
 
 
 # ---- regions of the line ---------------------------------------------------------------------------------------------
@@ -331,11 +309,17 @@ def same_region(a: tuple[Piece, ...], b: tuple[Piece, ...]) -> bool:
 
 
 def same(a: Shape, g: Shape) -> bool:
-    """Whether an answer is the gold answer. Order counts in tuples and matrices, not in sets and lists.
+    """Whether an answer is the gold answer. Order counts in tuples and matrices, not in sets and lists. {5} may be given as 5.
 
     Raises:
         NotMath, Unsupported, TooLarge, Undefined: that cannot be told here.
     """
+    if "set" in (a.kind, g.kind) and {a.kind, g.kind} & {"value", "assign"}:
+        return len(a.items) == len(g.items) == 1 and _one(a, g)
+    return _alike(a, g)
+
+
+def _alike(a: Shape, g: Shape) -> bool:
     kinds = (a.kind, g.kind)
     if kinds == ("value", "value") or kinds in (("assign", "value"), ("value", "assign")):
         return same_value(a.items[0], g.items[0])
@@ -353,8 +337,6 @@ def same(a: Shape, g: Shape) -> bool:
         return _covers(a.items, g.items) and _covers(g.items, a.items)
     if {*kinds} == {"list", "set"} or kinds == ("list", "list"):
         return (not a.name or not g.name or a.name == g.name) and _matched(a.items, g.items)
-    if {*kinds} == {"set", "value"} or {*kinds} == {"set", "assign"}:
-        return len(a.items) == len(g.items) == 1 and _one(a, g)
     if kinds == ("tuple", "tuple"):
         alike = a.name == g.name or len(a.items) > 2 and {a.name, g.name} == {"()", "[]"}
         return alike and _pairwise(a, g)
@@ -375,7 +357,7 @@ def _same_pieces(a: Shape, g: Shape) -> bool:
 
 def _one(a: Shape, g: Shape) -> bool:
     left, right = (s.items[0] if s.kind == "set" else s for s in (a, g))
-    return left.kind == "value" and same(left, right)
+    return left.kind == "value" and _alike(left, right)
 
 
 def _same_equation(a: Shape, g: Shape) -> bool:
@@ -390,7 +372,7 @@ def _as_difference(assign: Shape) -> Node | None:
 
 
 def _pairwise(a: Shape, g: Shape) -> bool:
-    return len(a.items) == len(g.items) and all(same(x, y) for x, y in zip(a.items, g.items, strict=True))
+    return len(a.items) == len(g.items) and all(_alike(x, y) for x, y in zip(a.items, g.items, strict=True))
 
 
 def _covers(a: tuple[Shape, ...], g: tuple[Shape, ...]) -> bool:
@@ -411,6 +393,6 @@ def _matched(a: tuple[Shape, ...], g: tuple[Shape, ...]) -> bool:
 def _safe(x: Shape, y: Shape) -> bool:
     """Two members of sets; where one has no value they differ."""
     try:
-        return same(x, y)
+        return _alike(x, y)
     except Undefined:
         return False

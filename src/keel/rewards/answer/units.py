@@ -74,6 +74,7 @@ MULTIPLIERS = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10
 _TAIL = re.compile(r"^(.*(?:[\d)}\]!|]|\\pi|\\infty))(\s*)((?:\\Omega|[A-Za-z°€£¥$¢µ])[A-Za-z°€£¥$¢µ.^{}\d\s*/-]*)$", re.S)
 _PIECE = re.compile(r"\s*(?:(per|/)|(\*)|(\\Omega|°[CF]?|[€£¥$¢]|[A-Za-zµ]+)\.?(?:\s*\^\s*\{?(-?\d)\}?)?)\s*")
 _PREFIX = re.compile(r"^([-+]?)\s*([$€£¥₹])\s*(?=[-+\d.\\(])")
+_ANGLE = re.compile(r"sin|cos|tan|sec|csc|cot")
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _TAIL_LENGTH = 60
 
@@ -87,6 +88,8 @@ def split_unit(text: str) -> tuple[str, Unit | None]:
     head, tail = text[:-_TAIL_LENGTH], text[-_TAIL_LENGTH:]
     match = _TAIL.match(tail)
     if match is None:
+        return text, sign_unit
+    if "°" in match[3] and _ANGLE.search(match[1]):  # the degrees of sin 30° are no unit of the sine
         return text, sign_unit
     lone = len(match[3].strip()) == 1 and match[3].strip().isalpha()
     unit = None if lone and not match[2] else read_unit(match[3])

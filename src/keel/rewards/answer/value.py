@@ -1,139 +1,186 @@
-"""The value of a tree: exactly where it is rational, else to as many digits as the decision needs."""
+"""Whether two trees have the same value: by exact arithmetic where they are rational, else to as many digits as it takes."""
 
 from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
-from math import comb, factorial, gcd, isqrt, lcm
+from functools import lru_cache
 from typing import Any
 
 from keel.rewards.answer.errors import TooLarge, Undefined, Unsupported
+from keel.rewards.answer.exact import PRIME, fold, infinite, put, residue, symbols, written
 from keel.rewards.answer.syntax import Node
 
-MOST_BITS = 200_000  # of an exact number
-DIGITS = (50, 250, 800)  # tried in turn, while a value so small that it could be lost takes part
-POINTS, NEEDED = 7, 3  # values that symbols are given, and how many of them must be defined
-_SHAPES = frozenset(("list", "tuple", "set", "such", "matrix", "union", "minus", "field", "rel", "±"))
+DIGITS = (50, 250, 800)  # tried in turn, while a value so small or so large that another could be lost takes part
+LONGEST = 1000  # decimal digits of a number in a formula that is not rational
+LARGEST = 330_000  # bits before the point of any value
+POINTS, ENOUGH, NEEDED = 9, 6, 3  # points that symbols are given; how many are looked at; how many must be defined
+RESIDUES = 3  # points modulo a prime
+_SCALES = ((128, 1900), (1100, 9800), (6200, 70_000))  # of the points, in 2048ths: around 1, and far from it
 _LOCK = threading.Lock()  # mpmath keeps constants in places that all threads share
+Values = list[Any]
 
 
-def fold(node: Node) -> Node:
-    """The same tree with every rational part computed.
+def same_value(a: Node, b: Node) -> bool:
+    """Whether two trees have the same value, for all values of their symbols where both are defined and real.
+
+    Rational numbers are compared exactly; everything else to 30 digits, and to more where its numbers have more or
+    tiny terms take part. Symbols are given values. A tree without symbols differs from one with some.
 
     Raises:
-        TooLarge: an exact number of more than MOST_BITS. Undefined: a division by zero. Unsupported: a set in a sum.
+        TooLarge, Undefined, Unsupported: there is no value, or none that is computed here.
     """
-    op = node[0]
-    if op in ("n", "s", "c"):
-        return node
-    if op in _SHAPES:
-        raise Unsupported("arithmetic with sets or equations")
-    parts = [fold(part) if isinstance(part, tuple) else part for part in node[1:]]
-    numbers = [part[1] for part in parts if isinstance(part, tuple) and part[0] == "n"]
-    whole = len(numbers) == sum(isinstance(part, tuple) for part in parts)
-    exact = _exact(op, parts, numbers) if whole else None
-    if exact is None and op == "/" and parts[1] == ("n", 0):
-        raise Undefined("division by zero")
-    return (op, *parts) if exact is None else ("n", _bounded(exact))
+    a, b = fold(a), fold(b)
+    if a == b:
+        return True
+    if a[0] == b[0] == "n" or infinite(a) or infinite(b):
+        return False
+    names = symbols(a), symbols(b)
+    if not (names[0] == names[1] or names[0] and names[1] and (names[0] <= names[1] or names[1] <= names[0])):
+        return False
+
+    def holds(values: Values, earlier: list[Values], tolerance: Any) -> bool:
+        return abs(values[0] - values[1]) <= tolerance
+
+    return _everywhere([a, b], names[0] | names[1], holds, lambda values, earlier: values[0] == values[1])
 
 
-def _exact(op: str, parts: list[Any], numbers: list[Fraction]) -> Fraction | None:
-    if op == "+":
-        return sum(numbers, Fraction(0))
-    if op == "*":
-        product = Fraction(1)
-        for number in numbers:
-            product = _bounded(product * number)
-        return product
-    if op == "/":
-        if numbers[1] == 0:
-            raise Undefined("division by zero")
-        return numbers[0] / numbers[1]
-    if op == "^":
-        return exact_power(*numbers)
-    if op == "root":
-        return exact_root(numbers[0], parts[0])
-    if op == "f":
-        return _exact_function(parts[0], numbers)
-    return None
+def same_ratio(a: Node, b: Node, positive: bool) -> bool:
+    """Whether one tree is a constant times the other, and where asked a positive one: a = 0 and b = 0 say the same.
+
+    Raises:
+        TooLarge, Undefined, Unsupported: as in `same_value`.
+    """
+    names = symbols(a)
+    if not names or names != symbols(b):
+        return False
+
+    def holds(values: Values, earlier: list[Values], tolerance: Any) -> bool:
+        if abs(values[0]) <= tolerance or abs(values[1]) <= tolerance or positive and (values[0] * values[1]).real <= 0:
+            return False
+        first = earlier[0] if earlier else values
+        return abs(values[0] * first[1] - values[1] * first[0]) <= tolerance * (1 + abs(first[0]) + abs(first[1]))
+
+    def residues_hold(values: Values, earlier: list[Values]) -> bool:
+        first = earlier[0] if earlier else values
+        return all(values) and (values[0] * first[1] - values[1] * first[0]) % PRIME == 0
+
+    return _everywhere([a, b], names, holds, residues_hold)
 
 
-def _bounded(number: Fraction) -> Fraction:
-    if number.numerator.bit_length() + number.denominator.bit_length() > MOST_BITS:
-        raise TooLarge("a number of too many digits")
-    return number
+def number_of(node: Node) -> float:
+    """A real number as a float, for sorting.
+
+    Raises:
+        Unsupported: it has symbols, or is not real.
+    """
+    node = fold(node)
+    if infinite(node):
+        return float("inf") if node[0] == "c" or number_of(node[1]) > 0 else float("-inf")
+    if node[0] == "n":
+        return _float(node[1])
+    if symbols(node):
+        raise Unsupported("an end that has symbols")
+    with _LOCK:
+        numbers = _Numbers(DIGITS[0], real=False)
+        value = numbers.value(node, {})
+        if abs(numbers.ctx.im(value)) > 1e-30:
+            raise Unsupported("an end that is not real")
+        return float(numbers.ctx.re(value))
 
 
-def exact_power(base: Fraction, exponent: Fraction) -> Fraction | None:
-    """base^exponent where it is rational; None where it is not. A negative base has its real root, if there is one."""
-    if exponent.denominator != 1:
-        root = exact_root(base, exponent.denominator) if exponent.denominator <= 100 else None
-        return None if root is None else exact_power(root, Fraction(exponent.numerator))
-    power = exponent.numerator
-    if base == 0 and power <= 0:
-        raise Undefined("a power of zero")
-    if base in (0, 1, -1):
-        return base if base != -1 else Fraction(-1 if power % 2 else 1)
-    if abs(power) * max(base.numerator.bit_length(), base.denominator.bit_length()) > MOST_BITS:
-        raise TooLarge("a power of too many digits")
-    return base**power
+def _float(number: Fraction) -> float:
+    try:
+        return float(number)
+    except OverflowError as error:
+        raise TooLarge("an end of too many digits") from error
 
 
-def exact_root(number: Fraction, degree: int) -> Fraction | None:
-    """The real root where it is rational, else None."""
-    if number < 0:
-        root = exact_root(-number, degree) if degree % 2 else None
-        return None if root is None else -root
-    top, bottom = _integer_root(number.numerator, degree), _integer_root(number.denominator, degree)
-    return None if top is None or bottom is None else Fraction(top, bottom)
+# ---- at points -------------------------------------------------------------------------------------------------------
 
 
-def _integer_root(number: int, degree: int) -> int | None:
-    if degree == 2:
-        root = isqrt(number)
-    elif number.bit_length() > 900:
-        return None
-    else:
-        root = round(number ** (1 / degree))
-        while root**degree > number:
-            root -= 1
-        while (root + 1) ** degree <= number:
-            root += 1
-    return root if root**degree == number else None
+def _everywhere(
+    nodes: list[Node], names: frozenset[str], holds: Callable[..., bool], residues_hold: Callable[[Values, list[Values]], bool]
+) -> bool:
+    """Whether `holds(values, earlier values, tolerance)` at every point where all nodes have a value."""
+    longest = max(map(written, nodes))
+    if longest > LONGEST:
+        raise TooLarge("a formula with a number of too many digits")
+    salt = zlib.crc32(repr(nodes).encode())  # other trees, other points: none can be made to fit them
+    if names:
+        verdict = _by_residues(nodes, names, salt, residues_hold)
+        if verdict is False:
+            return False
+        if verdict:
+            return bool(_at_points(nodes, names, salt, holds, _fraction, None))
+    imaginary = any(_has(node, "c", "i") for node in nodes)
+    with _LOCK:
+        for digits in DIGITS:
+            if digits < 30 + 2 * longest:
+                continue
+            numbers = _Numbers(digits, real=bool(names) and not imaginary)
+            verdict = _at_points(nodes, names, salt, holds, numbers.value, numbers)
+            if not verdict or not numbers.lost:
+                return verdict
+    raise TooLarge("too small a difference")
 
 
-def _exact_function(name: str, numbers: list[Fraction]) -> Fraction | None:
-    whole = all(number.denominator == 1 for number in numbers)
-    if name == "factorial" and whole and numbers[0] >= 0:
-        if numbers[0] > 5000:
-            raise TooLarge("a factorial of too many digits")
-        return Fraction(factorial(int(numbers[0])))
-    if name == "binomial" and whole and 0 <= numbers[1] <= numbers[0]:
-        if numbers[0] > 5000:
-            raise TooLarge("a binomial coefficient of too many digits")
-        return Fraction(comb(int(numbers[0]), int(numbers[1])))
-    if name == "abs":
-        return abs(numbers[0])
-    if name in ("floor", "ceil"):
-        return Fraction(numbers[0].__floor__() if name == "floor" else numbers[0].__ceil__())
-    if name in ("max", "min"):
-        return max(numbers) if name == "max" else min(numbers)
-    if name in ("gcd", "lcm") and whole:
-        return Fraction((gcd if name == "gcd" else lcm)(*map(int, numbers)))
-    return None
+def _by_residues(nodes: list[Node], names: frozenset[str], salt: int, hold: Callable[[Values, list[Values]], bool]) -> bool | None:
+    """Modulo a prime, where there are no roots and functions; None where there are."""
+    earlier: list[Values] = []
+    for index in range(RESIDUES):
+        at = {name: zlib.crc32(f"{name} {index} {salt}".encode()) for name in names}
+        try:
+            values = [residue(node, at) for node in nodes]
+        except Undefined:
+            continue
+        if None in values:
+            return None
+        if not hold(values, earlier):
+            return False
+        earlier.append(values)
+    return True if earlier else None
 
 
-def symbols(node: Node) -> frozenset[str]:
-    """Names of all symbols in a tree."""
-    if node[0] == "s":
-        return frozenset((node[1],))
-    found: set[str] = set()
-    for part in node[1:]:
-        if isinstance(part, tuple) and part:
-            found |= symbols(part) if isinstance(part[0], str) else frozenset().union(*map(symbols, part))
-    return frozenset(found)
+def _fraction(node: Node, at: Mapping[str, Fraction]) -> Fraction:
+    value = fold(put(node, at))
+    assert value[0] == "n", "a tree that has a residue is rational"
+    return value[1]
+
+
+def _point(names: frozenset[str], index: int, salt: int) -> dict[str, Fraction]:
+    """Values for symbols: positive, then all negative, then of either sign and of the other."""
+    low, high = _SCALES[index % 3]
+    values = {}
+    for name in names:
+        bits = zlib.crc32(f"{name} {index} {salt}".encode())
+        size = Fraction(low + bits % (high - low), 2048)
+        sign = zlib.crc32(name.encode()) >> (index // 2) & 1 ^ index & 1 if index > NEEDED else index == NEEDED
+        values[name] = -size if sign else size
+    return values
+
+
+def _at_points(nodes: list[Node], names: frozenset[str], salt: int, holds: Any, value: Any, numbers: _Numbers | None) -> bool:
+    """At one point exactly (without `numbers`: the rest was done modulo a prime), or at several to many digits."""
+    defined: list[Values] = []
+    enough, needed = (ENOUGH, NEEDED) if numbers and names else (1, 1)
+    for index in range(POINTS if names else 1):
+        try:
+            values = [value(node, _point(names, index, salt)) for node in nodes]
+        except (Undefined, ZeroDivisionError) as error:
+            if not names:
+                raise Undefined(str(error)) from error
+            continue
+        if not holds(values, defined, numbers.tolerance if numbers else 0):
+            return False
+        defined.append(values)
+        if len(defined) == enough:
+            break
+    if len(defined) < needed:
+        raise Undefined("too few points where both have a value")
+    return True
 
 
 def _has(node: Node, *wanted: Any) -> bool:
@@ -143,25 +190,41 @@ def _has(node: Node, *wanted: Any) -> bool:
 # ---- to many digits --------------------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=len(DIGITS))
+def _context(digits: int) -> Any:
+    """Arithmetic of its own to so many digits, apart from the one that everybody shares."""
+    from mpmath.ctx_mp import MPContext
+
+    context = MPContext()
+    context.dps = digits
+    return context
+
+
 class _Numbers:
-    """Arithmetic to a number of digits; notices values so small that they may have been lost."""
+    """Arithmetic to a number of digits; notices values so small that they may have been lost. Only under the lock.
+
+    Sizes are in bits: the logarithm to the base 2, rounded up.
+    """
 
     def __init__(self, digits: int, real: bool):
-        from mpmath.ctx_mp import MPContext
+        self.ctx = _context(digits)
+        self.real, self.lost, self.largest = real, False, 1
+        self.safe, self.noise = self.ctx.prec // 4, self.ctx.prec - 66
 
-        self.ctx = MPContext()
-        self.ctx.dps, self.real, self.lost, self.largest = digits, real, False, self.ctx.mpf(1)
-        self.tiny = self.ctx.mpf(10) ** (-digits // 2)
-        self.huge = self.ctx.mpf(10) ** 100_000
+    @property
+    def tolerance(self) -> Any:
+        """What two equal values may differ by."""
+        return self.ctx.ldexp(1, self.largest - self.noise)
 
     def value(self, node: Node, at: Mapping[str, Fraction]) -> Any:
+        """The value of a tree at a point."""
         value = self._value(node, at)
-        size = abs(value)
-        if not self.ctx.isfinite(value) or size > self.huge:
-            raise TooLarge("a value of too many digits")
-        if size and not self.tiny < size < 1 / self.tiny:
-            self.lost = True
-        self.largest = max(self.largest, size)
+        if value:
+            size = self.ctx.mag(value)
+            if not isinstance(size, int) or size > LARGEST:
+                raise TooLarge("a value of too many digits")
+            self.lost |= abs(size) > self.safe
+            self.largest = max(self.largest, size)
         return value
 
     def number(self, number: Fraction) -> Any:
@@ -185,14 +248,20 @@ class _Numbers:
             return self._raised(node, at)
         values = [self.value(part, at) for part in node[1:]]
         if op == "+":
-            sizes = [abs(value) for value in values if value]
-            self.lost |= bool(sizes) and min(sizes) < max(sizes) * self.tiny
-            return self.ctx.fsum(values)
+            return self._sum(values)
         if op == "*":
             return self.ctx.fprod(values)
         if not values[1]:
             raise Undefined("division by zero")
         return values[0] / values[1]
+
+    def _sum(self, values: Values) -> Any:
+        """Their sum; zero where it is so small against its terms that only rounding is left."""
+        total, sizes = sum(values), [self.ctx.mag(value) for value in values if value]
+        if not total or not sizes:
+            return total
+        self.lost |= min(sizes) < max(sizes) - self.safe
+        return total if self.ctx.mag(total) > max(sizes) - self.noise else self.ctx.zero
 
     def _constant(self, name: str) -> Any:
         if name == "inf":
@@ -214,9 +283,8 @@ class _Numbers:
             if (exponent.real if not isinstance(exponent, Fraction) else exponent) <= 0:
                 raise Undefined("a power of zero")
             return base
-        size = abs(self.ctx.log(abs(base)))
         times = abs(self.number(exponent) if isinstance(exponent, Fraction) else exponent)
-        if size * times > 200_000:
+        if (abs(self.ctx.mag(base)) + 1) * times > LARGEST:
             raise TooLarge("a power of too many digits")
         negative = self.ctx.im(base) == 0 and self.ctx.re(base) < 0
         if isinstance(exponent, Fraction):
@@ -268,91 +336,3 @@ class _Numbers:
             return getattr(ctx, name)(x)
         except ZeroDivisionError as error:
             raise Undefined(f"{name} at a pole") from error
-
-
-def point(names: frozenset[str], index: int) -> dict[str, Fraction]:
-    """Values for symbols: the same for the same name, positive in the first NEEDED points, then of either sign."""
-    values = {}
-    for name in names:
-        bits = zlib.crc32(f"{name} {index} keel".encode())
-        size = Fraction(bits % 99991 + 20011, 40009)
-        values[name] = -size if index >= NEEDED and bits >> 31 else size
-    return values
-
-
-def same_value(a: Node, b: Node) -> bool:
-    """Whether two trees have the same value, for all values of their symbols where both are defined and real.
-
-    Rational numbers are compared exactly; everything else to 30 digits, or to 780 where tiny terms take part. Symbols are
-    given values; trees with different symbols differ.
-
-    Raises:
-        TooLarge, Undefined, Unsupported: there is no value, or none that is computed here.
-    """
-    a, b = fold(a), fold(b)
-    if a == b:
-        return True
-    if a[0] == b[0] == "n" or infinite(a) or infinite(b):
-        return False
-    names = symbols(a)
-    return names == symbols(b) and same_everywhere([a, b], names, _equal)
-
-
-def _equal(values: list[Any], tolerance: Any, earlier: list[Any]) -> bool:
-    return abs(values[0] - values[1]) <= tolerance
-
-
-def same_everywhere(nodes: list[Node], names: frozenset[str], holds: Any) -> bool:
-    """Whether `holds(values, tolerance, earlier values)` at every point where all nodes have a value."""
-    imaginary = any(_has(node, "c", "i") for node in nodes)
-    with _LOCK:
-        for digits in DIGITS:
-            numbers = _Numbers(digits, real=bool(names) and not imaginary)
-            verdict = _at_points(numbers, nodes, names, holds)
-            if not verdict or not numbers.lost:
-                return verdict
-    return verdict
-
-
-def _at_points(numbers: _Numbers, nodes: list[Node], names: frozenset[str], holds: Any) -> bool:
-    defined: list[Any] = []
-    for index in range(POINTS if names else 1):
-        try:
-            values = [numbers.value(node, point(names, index)) for node in nodes]
-        except (Undefined, ZeroDivisionError) as error:
-            if not names:
-                raise Undefined(str(error)) from error
-            continue
-        tolerance = numbers.largest * numbers.ctx.mpf(10) ** (20 - numbers.ctx.dps)
-        if not holds(values, tolerance, defined):
-            return False
-        defined.append(values)
-    if len(defined) < min(NEEDED, POINTS if names else 1):
-        raise Undefined("too few points where both have a value")
-    return True
-
-
-def infinite(node: Node) -> bool:
-    """Whether a tree is ∞ or −∞."""
-    return node == ("c", "inf") or node[0] == "*" and ("c", "inf") in node[1:]
-
-
-def number_of(node: Node) -> float:
-    """A real number as a float, for sorting.
-
-    Raises:
-        Unsupported: it has symbols, or is not real.
-    """
-    node = fold(node)
-    if node == ("c", "inf"):
-        return float("inf")
-    if node[0] == "*" and node[1][0] == "n" and node[2:] == (("c", "inf"),):
-        return float("inf") if node[1][1] > 0 else float("-inf")
-    if symbols(node):
-        raise Unsupported("an end that has symbols")
-    with _LOCK:
-        numbers = _Numbers(DIGITS[0], real=False)
-        value = numbers.value(node, {})
-        if abs(numbers.ctx.im(value)) > 1e-30:
-            raise Unsupported("an end that is not real")
-        return float(numbers.ctx.re(value))

@@ -32,7 +32,7 @@ class _Process:
         paths = os.pathsep.join(path for path in sys.path if path)
         self.process = subprocess.Popen(
             [sys.executable, "-P", str(SCRIPT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            text=True, env={**os.environ, "PYTHONPATH": paths}, start_new_session=True,
+            text=True, env={**os.environ, "PYTHONPATH": paths, "PYTHONHASHSEED": "0"}, start_new_session=True,
         )  # fmt: skip
         self.born, self.ready, self.asked = time.monotonic(), False, 0
         self.said: queue.SimpleQueue[str | None] = queue.SimpleQueue()
