@@ -61,7 +61,9 @@ def test_near_pairs_are_those_of_comparing_all():
 
 
 def test_other_numbers_are_another_question():
-    assert not list(near_pairs([story(i) for i in range(50)]))
+    long = "A train leaves the old station in the morning and stops at every village on its way until it has passed {} of them."
+    assert not list(near_pairs([long.format(i) for i in range(50)]))
+    assert list(near_pairs([long.format(1), long.format(1).replace("old", "new")]))
     assert [pair[:2] for pair in near_pairs([story(1), story(2), story(1, "Ann").replace("Ann", "Tom", 1)])] == [(0, 2)]
 
 
@@ -138,7 +140,7 @@ def test_samples_find_their_items(write):
         {"prompt_id": "row/3@2", "prompt": story(3), "completion": "7"},
         {"prompt_id": "row/3", "prompt": story(4), "completion": "9"},  # the id is another data set's
         {"question": story(5) + " ", "completions": ["11", "12"]},
-        {"prompt_id": "row/6", "completion": "13", "finish": "length"},
+        {"prompt_id": "row/6@1", "completion": "13", "finish": "length"},
         {"prompt": "of nobody", "completion": "1"},
     ]
     found = match(rows, items)

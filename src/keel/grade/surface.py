@@ -21,7 +21,7 @@ from keel.grade.pairs import Pair
 from keel.grade.rates import Interval, Rate, auc, difference, rate
 
 LEVEL = 0.05  # chance of any false finding at all, over all that is tried
-LEAST = 5  # answers with the feature, and without it, below which nothing is tried
+LEAST = 5  # errors, and answers with the feature and without it, below which nothing is tried
 MOST_WORDS = 20  # of the file's own words, the most frequent
 _WORD = re.compile(r"[^\W\d_]{2,}")
 
@@ -114,7 +114,7 @@ def surface(
     effects = []
     for among, rows in (("right", right), ("wrong", ~right)):
         error, names = (passed != right)[rows], [c for c, chosen in zip(cluster, rows, strict=True) if chosen]
-        if not 0 < error.sum() < len(error):
+        if min(error.sum(), (~error).sum()) < LEAST:
             continue
         effects += [_of_format(name, among, has[rows], error, names) for name, has in formats.items()]
         effects += [_of_number(name, among, value[rows], error, names) for name, value in numbers.items()]

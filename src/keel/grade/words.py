@@ -94,7 +94,8 @@ def _classes(found: Accuracy) -> list[str]:
 def _surface(found: Accuracy) -> list[str]:
     seen = found.surface
     if seen.tried == 0:
-        return ["Its errors are too few to ask what they depend on." if _any_error(found) else "It makes no error here."]
+        wrong = found.accuracy.of - found.accuracy.hits
+        return [f"Its {wrong} errors are too few to ask what they depend on." if wrong else "It makes no error here."]
     if not seen.found:
         return [
             f"None of {seen.tried} surface features (length, format, words) predicts its errors (corrected for all {seen.tried})."
@@ -202,10 +203,6 @@ def _head(report: Report) -> str:
     if not pairs.labelled and "correct" in pairs.rows[0].prompt.data:
         lines.append("The column 'correct' is what a reward said; --label correct takes it for the truth all the same.")
     return "\n".join(lines)
-
-
-def _any_error(found: Accuracy) -> bool:
-    return found.accuracy.hits < found.accuracy.of
 
 
 def _in_100(share: Rate) -> str:
