@@ -266,3 +266,26 @@ def test_columns_that_are_not_there(write):
 
 def test_every_kind_says_what_it_is():
     assert all(text and isinstance(dropped, bool) for text, dropped in KINDS.values())
+
+
+def test_any_text_is_looked_at(write, tmp_path, capsys):
+    texts = ["\0", "a\0", "\ud800", "\u202e42", "{" * 100_000, "1 " * 50_000, "💥", "word " * 20_000]
+    rows = [{"question": q, "answer": a, "note": "\udfff"} for q in texts for a in ("\ud800", "7")]
+    samples = write([{"prompt": q, "completion": "\ud800 " + c} for q in texts for c in texts], "samples.jsonl")
+    assert run_check(write(rows), samples=samples, out=str(tmp_path / "clean.jsonl"), keep=["conflict"]) == 0
+    capsys.readouterr().out.encode()
+    run_check(write(rows), samples=samples, as_json=True)
+    json.loads(capsys.readouterr().out)
+    assert (tmp_path / "clean.jsonl").read_text()
+
+
+def test_values_that_json_does_not_know_are_written_as_text(tmp_path):
+    import datetime
+
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = pa.table({"question": [story(1), story(1)], "answer": [3, 3], "when": [datetime.date(2020, 1, 2)] * 2})
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    assert run_check(str(tmp_path / "rows.parquet"), out=str(tmp_path / "clean.jsonl")) == 0
+    assert json.loads((tmp_path / "clean.jsonl").read_text()) == {"question": story(1), "answer": 3, "when": "2020-01-02"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 
 import numpy as np
 import pytest
@@ -380,3 +381,31 @@ def test_the_command_without_labels(tmp_path, capsys):
     assert run(str(file), [], {}) == 0
     said = capsys.readouterr().out
     assert "no labels" in said and "Nobody has said which answers are right" in said and "50 in 100" in said
+
+
+HOSTILE = [
+    "",
+    " ",
+    "\0",
+    "a\0",
+    "\ud800",
+    "\u202e42\u202c",
+    "{" * 100_000,
+    "9^" * 50_000,
+    "\\frac" * 20_000,
+    "1,1." * 50_000,
+    "💥",
+    "|`|\n|",
+]
+
+
+def test_any_text_is_graded_and_reported(tmp_path, capsys):
+    file = tmp_path / "mine.jsonl"
+    data = [{"answer": text, "gold": "42", "label": i % 2, "class": text[:9]} for i, text in enumerate(HOSTILE * 3)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in data))
+    begun = time.perf_counter()
+    for as_json in (True, False):
+        assert run(str(file), ["exact", "number"], {}, twice=True, markdown=str(tmp_path / "page.md"), as_json=as_json) == 0
+    assert time.perf_counter() - begun < 20
+    capsys.readouterr().out.encode()
+    assert (tmp_path / "page.md").stat().st_size < 30_000

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from keel.data.check import Findings, check
 from keel.data.items import open_items
@@ -94,10 +95,17 @@ def new_files(*files: Path) -> list[Path]:
 
 def write_clean(found: Findings, clean: Path, dropped: Path) -> None:
     """The rows that are left, as they stood in their file; and those that are not, each with the reason."""
-    append_jsonl(clean, (item.row for item in found.kept))
+    append_jsonl(clean, (writable(item.row) for item in found.kept))
     rows = {item.id: item.row for item in found.items.items} | dict(found.items.rows)
     gone = found.dropped.values()
-    append_jsonl(dropped, ({"dropped": f.kind, "why": f.why, "id": f.id, "like": f.other, "row": rows.get(f.id)} for f in gone))
+    append_jsonl(
+        dropped, ({"dropped": f.kind, "why": f.why, "id": f.id, "like": f.other, "row": writable(rows.get(f.id))} for f in gone)
+    )
+
+
+def writable(row: object) -> dict[str, Any] | None:
+    """A row as JSON can hold it: dates and the like as text, half a surrogate pair as a question mark."""
+    return json.loads(json.dumps(row, default=str, ensure_ascii=False).encode("utf-8", "replace"))
 
 
 def run_build(

@@ -19,6 +19,7 @@ from keel.types import Prompt
 
 LEAST = 4  # scored samples from which an item votes
 STABLE = 0.5  # share of the samples that must agree on another answer to make gold a suspect
+LONGEST = 100  # characters of an answer that are shown
 COMPARED = 4  # wrong answers, the most frequent, that are compared with one another by the grader
 
 
@@ -168,6 +169,11 @@ class Suspect:
     probability: float
 
 
+def _shown(text: str) -> str:
+    """The text's beginning, as something that any file can hold."""
+    return text[:LONGEST].encode("utf-8", "replace").decode()
+
+
 def suspects(votes: Sequence[Vote], gold: dict[str, str]) -> tuple[list[Suspect], Suspicion]:
     """Items whose gold is contradicted by a stable majority, the most suspect first; and the model behind the chances.
 
@@ -177,7 +183,9 @@ def suspects(votes: Sequence[Vote], gold: dict[str, str]) -> tuple[list[Suspect]
     able = [v for v in votes if v.tries >= LEAST]
     model = fit(able)
     found = [
-        Suspect(v.id, gold[v.id], v.rival, v.rival_count, v.right, v.tries, model.of(v.tries, v.right, v.rival_count))
+        Suspect(
+            v.id, _shown(gold[v.id]), _shown(v.rival), v.rival_count, v.right, v.tries, model.of(v.tries, v.right, v.rival_count)
+        )
         for v in able
         if not v.agrees and v.rival_count >= STABLE * v.tries
     ]

@@ -158,7 +158,8 @@ def _pair(number: int, row: Mapping[str, Any], columns: Mapping[str, str]) -> Pa
     question = row.get(columns.get("prompt", ""), "")
     prompt = Prompt(id=f"row/{number}", text=question if isinstance(question, str) else str(question), answer=gold, data=dict(row))
     kind = row.get(columns.get("class", ""))
-    return Pair(prompt, text, level_of(row.get(columns.get("label", ""))), "" if kind is None else str(kind), number)
+    named = "" if kind is None else " ".join(str(kind).encode("utf-8", "replace").decode().split())
+    return Pair(prompt, text, level_of(row.get(columns.get("label", ""))), named, number)
 
 
 def _text(value: Any, column: str) -> str:

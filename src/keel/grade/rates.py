@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from keel.evaluate.estimates import wilson
 
@@ -58,9 +58,15 @@ def rate(hit: Bool[np.ndarray, " N"], cluster: Sequence[str]) -> Rate:
     return Rate(int(hit.sum()), n, p, low, high)
 
 
+def numbered(cluster: Sequence[str]) -> Int[np.ndarray, " N"]:
+    """Each name's number, in the order in which names first appear."""
+    number: dict[str, int] = {}
+    return np.array([number.setdefault(name, len(number)) for name in cluster], dtype=int)
+
+
 def effective_tries(hit: Bool[np.ndarray, " N"], cluster: Sequence[str]) -> float:
     """How many independent tries tell as much about the share as these."""
-    _, place = np.unique(np.asarray(cluster, dtype=object).astype(str), return_inverse=True)
+    place = numbered(cluster)
     clusters, n, p = int(place.max()) + 1, len(hit), float(hit.mean())
     if p in (0.0, 1.0) or clusters < 2:
         return float(n)
@@ -92,7 +98,7 @@ def resampled(
 
     Source: B. Efron, Annals of Statistics 7 (1979), by clusters. Differs from it: in nothing.
     """
-    _, place = np.unique(np.asarray(cluster, dtype=object).astype(str), return_inverse=True)
+    place = numbered(cluster)
     order = np.argsort(place, kind="stable")
     starts = np.searchsorted(place[order], np.arange(int(place.max()) + 2))
     members = [order[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]

@@ -16,7 +16,7 @@ from keel.grade.surface import Surface, surface
 from keel.grade.verdicts import Grader, Verdicts, again, swapped, verdicts
 
 BINS = 10
-SHOWN = 8  # errors that are shown
+SHOWN, LONGEST = 8, 200  # errors that are shown, and characters of each
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Report:
     agreement: tuple[Pairwise, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """For machines; the answers themselves are left out."""
+        """For machines; of the answers only some errors are in it."""
         file = {"file": self.pairs.name, "answers": len(self.pairs.rows), "labelled": self.pairs.labelled}
         file |= {"columns": dict(self.pairs.columns), "left_out": {str(k): v for k, v in self.pairs.left_out.items()}}
         return file | {"graders": [asdict(each) for each in self.graders], "agreement": [asdict(each) for each in self.agreement]}
@@ -274,8 +274,14 @@ def _errors(rows: Sequence[Pair], said: Verdicts, label: np.ndarray, scorable: n
     wrong.sort(key=lambda i: (label[i], -abs(said.value[i] - label[i])))  # passes of wrong answers first
     kept = wrong[: SHOWN // 2] + wrong[len(wrong) - min(len(wrong) - len(wrong[: SHOWN // 2]), SHOWN // 2) :]
     return tuple(
-        Error(rows[i].row, rows[i].kind, rows[i].text, rows[i].prompt.answer, float(said.value[i]), float(label[i])) for i in kept
+        Error(rows[i].row, rows[i].kind, _shown(rows[i].text), _shown(rows[i].prompt.answer), float(said.value[i]), float(label[i]))
+        for i in kept
     )
+
+
+def _shown(text: str) -> str:
+    """The text's beginning, as something that any file can hold."""
+    return text[:LONGEST].encode("utf-8", "replace").decode()
 
 
 def _checked(tpr: float, fpr: float) -> float:

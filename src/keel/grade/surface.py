@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from keel.grade.pairs import Pair
-from keel.grade.rates import Interval, Rate, auc, difference, rate
+from keel.grade.rates import Interval, Rate, auc, difference, numbered, rate
 
 LEVEL = 0.05  # chance of any false finding at all, over all that is tried
 LEAST = 5  # errors, and answers with the feature and without it, below which nothing is tried
@@ -126,9 +126,10 @@ def surface(
 
 def words(pairs: Sequence[Pair]) -> dict[str, Callable[[Pair], bool]]:
     """The most frequent words of the answers that some have and others have not, as features."""
-    counts = Counter(word for pair in pairs for word in set(_WORD.findall(pair.text.lower())))
+    has = {pair.row: set(_WORD.findall(pair.text.lower())) for pair in pairs}
+    counts = Counter(word for found in has.values() for word in found)
     usual = [word for word, count in counts.most_common() if LEAST <= count <= len(pairs) - LEAST][:MOST_WORDS]
-    return {f"the word {word!r}": lambda pair, word=word: word in _WORD.findall(pair.text.lower()) for word in usual}
+    return {f"the word {word!r}": lambda pair, word=word: word in has[pair.row] for word in usual}
 
 
 def of_columns(
@@ -156,8 +157,7 @@ def clustered_p(value: Float[np.ndarray, " N"], error: Bool[np.ndarray, " N"], c
     """
     from scipy.stats import norm
 
-    place = np.unique(np.asarray(cluster).astype(str), return_inverse=True)[1]
-    score = np.bincount(place, weights=(error - error.mean()) * (value - value.mean()))
+    score = np.bincount(numbered(cluster), weights=(error - error.mean()) * (value - value.mean()))
     size = float((score**2).sum()) ** 0.5
     return float(2 * norm.sf(abs(float(score.sum())) / size)) if size > 0 else 1.0
 
