@@ -74,6 +74,15 @@ def test_candidates_stand_nowhere_held_out_and_once():
     assert len(other.held_out) == len(get_task("arithmetic:easy").test) + 4
 
 
+def test_a_source_that_two_tasks_share_is_one_source():
+    specs = [f"arithmetic:{tier}?train_size=20&test_size=4" for tier in ("easy", "medium")]
+    pool = candidates(Plan(tuple(specs), 10, pool=140, variations=True))
+    names = [source.name for source in pool.sources]
+    assert len(set(names)) == len(names) == 14
+    assert {c.source for c in pool.candidates} == set(names)
+    assert [source.name for source in pool.sources if not source.of] == ["arithmetic:easy", "arithmetic:medium"]
+
+
 # ── selection ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -125,8 +125,9 @@ def build(plan: Plan, policy: Policy, engine: Engine, say: Callable[[str], None]
 
 def candidates(plan: Plan) -> Pool:
     """At most `plan.pool` verified questions, from all sources alike; no copies, none near to a held-out one."""
-    each = max(1, plan.pool)
-    found = [source for spec in plan.specs for source in sources(spec, plan.variations, each)]
+    listed = [source for spec in plan.specs for source in sources(spec, plan.variations, plan.pool)]
+    named = {source.name: source for source in sorted(listed, key=lambda source: source.of, reverse=True)}
+    found = list({source.name: named[source.name] for source in listed}.values())  # each once, as itself and not as a variation
     held = [prompt for source in found if not source.of for prompt in source.task.test]
     held += [prompt for spec in plan.against for prompt in get_task(spec).test]
     closed = {normalised(prompt.text) for prompt in held}
