@@ -29,6 +29,14 @@ def rows(right=200, wrong=200):
     ]
 
 
+RUBRIC = """
+[[criteria]]
+name = "right"
+says = "The answer is right."
+kind = "essential"
+"""
+
+
 def noisy(tpr, fpr, seed=0):
     """A grader with these chances, whose verdict hangs on the answer and its row alone."""
 
@@ -204,6 +212,39 @@ def test_cost_is_what_this_cost():
 
     found = find(pairs_of(rows(4, 4)), {"judge": Judge()})
     assert found.graders[0].cost_per_1000 == pytest.approx(250)
+
+
+def test_a_grader_of_many_is_asked_at_once():
+    class Judge:
+        asked = 0
+
+        def __call__(self, prompt, text):
+            return self.many([(prompt, text)])[0]
+
+        def many(self, asked):
+            self.asked += 1
+            if any(text == "3" for _, text in asked):
+                raise RuntimeError("no")
+            return [Score(float("inf") if text == "2" else 1.0, True) for _, text in asked]
+
+    judge, pairs = Judge(), pairs_of([{"answer": str(i), "gold": "0"} for i in range(3)]).rows
+    said = verdicts("judge", judge, pairs)
+    assert judge.asked == 1 and said.scorable.tolist() == [True, True, False] and np.isnan(said.call_s).all()
+    said = verdicts("judge", judge, pairs_of([{"answer": str(i), "gold": "0"} for i in range(5)]).rows)
+    assert said.raised == 1 and said.scorable.tolist() == [True, True, False, False, True]  # asked again, one by one
+    assert verdicts("judge", judge, pairs, callers=1).call_s.max() < 1
+
+
+def test_a_judge_by_its_rubric(tmp_path):
+    pytest.importorskip("openai")
+    rubric = tmp_path / "points.toml"
+    rubric.write_text(RUBRIC)
+    judge = get_grader(f"judge:{rubric}?model=m&base_url=http://127.0.0.1:9/v1&retries=0&timeout_s=5&cache=")
+    with judge:
+        found = find(pairs_of([{"answer": "4", "label": 1}] * 2, gold="none"), {"judge": judge}).graders[0]
+    assert found.unscorable.hits == 2 and found.raised == 0 and found.cost_per_1000 == 0.0
+    with pytest.raises(KeelError):
+        get_grader(f"judge:{rubric}?modle=m")
 
 
 # ── the whole ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -21,7 +21,7 @@ def find(
     graders: Sequence[str] | Mapping[str, Grader] = (),
     *,
     columns: Mapping[str, str] | None = None,
-    callers: int = 1,
+    callers: int = 0,
     twice: bool = False,
     features: Sequence[str] = (),
     group_size: int = 8,
@@ -37,8 +37,10 @@ def find(
     Raises:
         KeelError: the file, a column or a grader is not there, or a number makes no sense.
     """
-    if callers < 1 or group_size < 2:
-        raise KeelError(f"keel grade got {callers} callers and groups of {group_size}. Expected at least 1 caller and groups of 2.")
+    if callers < 0 or group_size < 2:
+        raise KeelError(
+            f"keel grade got {callers} callers and groups of {group_size}. Expected 0 or more, and groups of 2 or more."
+        )
     asked = graders if isinstance(graders, Mapping) else {name: get_grader(name) for name in graders or usual()}
     pairs = source if isinstance(source, Pairs) else read_pairs(source, **(columns or {}))
     _check_columns(pairs, features)
@@ -64,7 +66,7 @@ def run(
     graders: Sequence[str],
     columns: Mapping[str, str],
     *,
-    callers: int = 1,
+    callers: int = 0,
     twice: bool = False,
     features: Sequence[str] = (),
     group_size: int = 8,

@@ -17,6 +17,7 @@ COLUMNS = {  # what each role's column is usually called, the likeliest first
     "prompt": ("prompt", "question", "problem", "input"),
     "class": ("class", "category", "kind", "type"),
 }
+NONE, NO_GOLD = "none", "(no gold answer)"  # what stands for the column, and for the answer, where there is none
 SAYS = {
     **dict.fromkeys(("true", "yes", "right", "correct", "pass", "passed", "1", "1.0"), 1.0),
     **dict.fromkeys(("false", "no", "wrong", "incorrect", "fail", "failed", "0", "0.0"), 0.0),
@@ -88,6 +89,8 @@ def read_pairs(path: str | Path, **columns: str) -> Pairs:
 def pairs_of(rows: Sequence[Mapping[str, Any]], name: str = "rows", **columns: str) -> Pairs:
     """The answers among rows that are at hand. Arguments as of `read_pairs`."""
     chosen = choose_columns(rows, {role: column for role, column in columns.items() if column})
+    if chosen["gold"] == NONE and not any(NONE in row for row in rows):
+        rows = [{**row, NONE: NO_GOLD} for row in rows]
     read, left_out = [], {}
     for number, row in enumerate(rows, 1):
         try:
@@ -107,7 +110,7 @@ def choose_columns(rows: Sequence[Mapping[str, Any]], given: Mapping[str, str]) 
     """
     present = list(dict.fromkeys(key for row in rows for key in row))
     for role, column in given.items():
-        if column not in present:
+        if column not in present and (role, column) != ("gold", NONE):
             raise KeelError(f"No row has the column {column!r} ({role}): {nearest(column, present)}There are {', '.join(present)}.")
     chosen = dict(given)
     for role, names in COLUMNS.items():
@@ -120,7 +123,8 @@ def choose_columns(rows: Sequence[Mapping[str, Any]], given: Mapping[str, str]) 
         if role not in chosen:
             raise KeelError(
                 f"No column of {', '.join(present) or 'an empty file'} looks like the {role}. Expected the texts to grade and the "
-                f"gold answers that they are compared with. Name the column with --{role} COLUMN."
+                f"gold answers that they are compared with. Name the column with --{role} COLUMN; for a judge that needs no gold "
+                f"answers, --gold none."
             )
     return chosen
 

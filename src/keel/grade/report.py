@@ -127,7 +127,7 @@ def report(
     pairs: Pairs,
     graders: Mapping[str, Grader],
     *,
-    callers: int = 1,
+    callers: int = 0,
     twice: bool = False,
     features: Sequence[str] = (),
     group_size: int = 8,
@@ -136,7 +136,7 @@ def report(
     """Measure graders on the same answers.
 
     Args:
-        callers: threads that ask a grader at once (a judge behind a server is asked by several).
+        callers: threads that ask a grader at once; 0 is as it likes best (a judge is asked many things at once).
         twice: ask everything again, in reverse order, and with answer and gold exchanged.
         features: columns of the file that errors may hang on, besides the surface.
         group_size: completions of a prompt in training, for what a division by the group's std does.

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from keel.grade.pairs import Pair
+from keel.rewards.compose import grade_many
 from keel.types import Prompt, Score
 
 Grader = Callable[[Prompt, str], Score]
@@ -28,7 +29,7 @@ class Verdicts:
         reasons: unscorable verdicts by their reason.
         raised: how many times the grader raised, which a grader must never do; those count as unscorable.
         wall_s: seconds for all of them.
-        call_s: [N] seconds of each call.
+        call_s: [N] seconds of each call; NaN where all were asked at once.
         cost: what it says that it cost, in its own unit of money; None where it does not say.
     """
 
@@ -51,16 +52,18 @@ class Verdicts:
         return 1000 * self.wall_s / max(1, len(self.value))
 
 
-def verdicts(name: str, grader: Grader, pairs: Sequence[Pair], callers: int = 1) -> Verdicts:
+def verdicts(name: str, grader: Grader, pairs: Sequence[Pair], callers: int = 0) -> Verdicts:
     """Ask a grader about every answer.
 
     Args:
-        callers: threads that ask at once; verdicts do not depend on it, only time does.
+        callers: threads that ask at once; 0 is as the grader likes it best: all at once by its `many`, where it has one, else one
+            by one. Verdicts do not depend on it, only time does.
     """
     before, begun = _cost(grader), time.perf_counter()
-    if callers == 1:
+    said = _ask_many(grader, pairs) if callers == 0 and hasattr(grader, "many") else None
+    if said is None and callers <= 1:
         said = [_ask(grader, pair) for pair in pairs]
-    else:
+    elif said is None:
         with ThreadPoolExecutor(callers) as pool:
             said = list(pool.map(lambda pair: _ask(grader, pair), pairs))
     scores, seconds = [score for score, _ in said], [second for _, second in said]
@@ -104,12 +107,25 @@ def again(grader: Grader, pairs: Sequence[Pair], said: Verdicts) -> float:
     return float(np.mean([a != b for a, b in zip(now, then, strict=True)]))
 
 
+def _ask_many(grader: Grader, pairs: Sequence[Pair]) -> list[tuple[Score, float]] | None:
+    """All verdicts in one call, without the time of each; None where it raises, and has to be asked one by one."""
+    try:
+        scores = grade_many(grader, [(pair.prompt, pair.text) for pair in pairs])
+    except Exception:  # a grader of anyone's: which answer made it raise is found one by one
+        return None
+    return [(_finite(score), float("nan")) for score in scores]
+
+
+def _finite(score: Score) -> Score:
+    if score.value is None or np.isfinite(score.value):
+        return score
+    return Score(None, reason=f"its value is {score.value}, which is not finite")
+
+
 def _ask(grader: Grader, pair: Pair) -> tuple[Score, float]:
     begun = time.perf_counter()
     try:
-        score = grader(pair.prompt, pair.text)
-        if score.value is not None and not np.isfinite(score.value):
-            score = Score(None, reason=f"its value is {score.value}, which is not finite")
+        score = _finite(grader(pair.prompt, pair.text))
     except Exception as error:  # a grader of anyone's: that it raises is what is measured here
         score = Score(None, reason=f"{RAISED}{type(error).__name__}")
     return score, time.perf_counter() - begun

@@ -169,7 +169,8 @@ def _unscorable(each: Graded) -> str:
 
 def _time(each: Graded) -> str:
     cost = "" if each.cost_per_1000 is None else f", cost {each.cost_per_1000:.3g} for 1,000"
-    return f"{each.seconds_per_1000:.3g} s for 1,000 answers{cost}; the slowest took {each.slowest_s:.2g} s."
+    slowest = "" if each.slowest_s != each.slowest_s else f"; the slowest took {each.slowest_s:.2g} s"
+    return f"{each.seconds_per_1000:.3g} s for 1,000 answers{cost}{slowest}."
 
 
 def _twice(each: Graded) -> list[str]:

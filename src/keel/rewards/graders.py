@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from urllib.parse import parse_qsl
 
 from keel.errors import KeelError, nearest
 from keel.rewards.exact import after_marker, exact, exact_anywhere, in_tag, last_line, last_number
@@ -45,24 +46,37 @@ def known_graders() -> list[str]:
 def get_grader(name: str) -> Grader:
     """A grader by its name, or the function at "package.module:function" or "path/to/file.py:function".
 
-    A class that is found there is made without arguments, and its instances are to be called.
+    A class that is found there is made without arguments, and its instances are to be called. A judge is
+    "judge:RUBRIC.toml?model=NAME&base_url=URL", with the settings of `rewards.judge_server.JudgeSettings`.
 
     Raises:
-        KeelError: no such grader, module, file or function.
+        KeelError: no such grader, module, file or function, or settings that a judge does not take.
     """
+    if name.startswith("judge:"):
+        return _judge(name.removeprefix("judge:"))
     if name in EXACT or name in _REGISTERED:
         return EXACT.get(name) or _REGISTERED[name]
     place = _HOMES.get(name, name)
     if ":" not in place:
         raise KeelError(
-            f"There is no grader {name!r}: {nearest(name, known_graders())}Known are {', '.join(known_graders())}. One of your "
-            f"own: path/to/file.py:function or package.module:function, which takes (prompt, text) and returns a keel Score."
+            f"There is no grader {name!r}: {nearest(name, known_graders())}Known are {', '.join(known_graders())} and "
+            f"judge:RUBRIC.toml. One of your own: path/to/file.py:function or package.module:function, which takes (prompt, text) "
+            f"and returns a keel Score."
         )
     module, _, function = place.rpartition(":")
     found = getattr(_module(module, name), function, None)
     if not callable(found):
         raise KeelError(f"Grader {name!r}: {module} has no function {function!r}. Expected one that takes (prompt, text).")
     return found() if isinstance(found, type) else found
+
+
+def _judge(spec: str) -> Grader:
+    from keel.rewards.judge import judge_of
+    from keel.rewards.rubric import load_rubric
+
+    file, _, query = spec.partition("?")
+    settings = {key: None if value == "none" else value for key, value in parse_qsl(query, keep_blank_values=True)}
+    return judge_of(load_rubric(file), **settings)
 
 
 def _module(module: str, name: str) -> ModuleType:
