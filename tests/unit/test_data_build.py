@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from argparse import ArgumentParser
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from keel.data.arguments import add_build_arguments, add_check_arguments, build_options, check_options
 from keel.data.build import AGAIN, Plan, build, candidates
 from keel.data.command import run_build
 from keel.data.curriculum import FLOOR, Record, draw, importance, information, weights
@@ -163,6 +165,18 @@ def test_the_command(tmp_path, capsys):
         assert words in card
     with pytest.raises(KeelError, match="exists already"):
         run_build(["arithmetic:easy"], out=str(out), **arguments)
+
+
+def test_arguments_reach_the_commands(tmp_path, capsys):
+    parser = ArgumentParser()
+    add_build_arguments(parser)
+    arguments = ["arithmetic:easy", "--size", "6", "--pool", "24", "--samples", "4", "--max-completion-tokens", "12", "--json"]
+    assert build_options(parser.parse_args([*arguments, "--out", str(tmp_path / "b.jsonl")])) == 0
+    spec = json.loads(capsys.readouterr().out)["spec"]
+    parser = ArgumentParser()
+    add_check_arguments(parser)
+    assert check_options(parser.parse_args([spec, "--against", "arithmetic:easy", "--also", "nobody", "--json"])) == 0
+    assert json.loads(capsys.readouterr().out)["splits"] == {"train": 6, "test": len(get_task("arithmetic:easy").test)}
 
 
 # ── curriculum ────────────────────────────────────────────────────────────────────────────────────────────────────────

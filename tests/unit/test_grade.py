@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import random
 import time
+from argparse import ArgumentParser
 
 import numpy as np
 import pytest
 
 from keel.errors import KeelError
 from keel.grade.agreement import against_levels, compare, confusion, kappa
+from keel.grade.arguments import ROLES, add_arguments, run_options
 from keel.grade.command import find, run
 from keel.grade.consequence import consequence, enumerated
-from keel.grade.pairs import clusters, level_of, pairs_of, read_pairs
+from keel.grade.pairs import COLUMNS, clusters, level_of, pairs_of, read_pairs
 from keel.grade.rates import auc, difference, effective_tries, rate
 from keel.grade.surface import clustered_p, surface
 from keel.grade.verdicts import verdicts
@@ -414,6 +416,18 @@ def test_the_command_writes_a_page(tmp_path, capsys):
     assert "# How far to trust: exact, text" in page and "](page.png)" in page and (tmp_path / "page.png").stat().st_size > 1000
     with pytest.raises(KeelError, match="folder that exists"):
         run(str(file), ["exact"], {}, markdown=str(tmp_path / "no" / "page.md"))
+
+
+def test_arguments_reach_the_command(tmp_path, capsys):
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps(row | {"place": i % 3}) + "\n" for i, row in enumerate(rows(20, 20))))
+    parser = ArgumentParser()
+    add_arguments(parser)
+    given = [str(file), "--grader", "exact", "--grader", "text", "--label", "label", "--feature", "place", "--twice", "--json"]
+    assert run_options(parser.parse_args(given)) == 0
+    got = json.loads(capsys.readouterr().out)
+    assert [each["name"] for each in got["graders"]] == ["exact", "text"] and got["graders"][0]["again"] == 0
+    assert tuple(COLUMNS) == ROLES
 
 
 def test_the_command_without_labels(tmp_path, capsys):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from keel.errors import KeelError, nearest
 from keel.files import json_of, write_atomically, written
@@ -108,8 +107,3 @@ def write_page(found: Report, path: Path) -> None:
 def _check_folder(path: Path) -> None:
     if not path.parent.is_dir() or path.is_dir():
         raise KeelError(f"The page {str(path)!r} cannot be written: expected a file name in a folder that exists.")
-
-
-def as_columns(options: Any) -> dict[str, str]:
-    """The roles' columns among parsed arguments: what was given of answer, gold, label, prompt and class."""
-    return {role: getattr(options, role, None) or "" for role in ("answer", "gold", "label", "prompt", "class")}

@@ -134,6 +134,7 @@ def consequences(found: Accuracy) -> list[str]:
     low, middle, high = of[0.05], of[0.5], of[0.95]
     slope = f"{found.slope.mean:.3f} with centred advantages (95 % {found.slope.low:.3f} … {found.slope.high:.3f})"
     by_std = f"{low.by_std:.2f}, {middle.by_std:.2f}, {high.by_std:.2f}"
+    by_std += "" if abs(found.slope.mean - found.j.mean) < 1e-9 else " (were passes 1 and fails 0)"
     lines = [
         f"The policy gradient is multiplied by {slope}; divided by the group's std by {by_std} at pass rates .05, .5, .95. For the "
         f"same signal there it takes {_times(low.samples)}, {_times(middle.samples)}, {_times(high.samples)} as many samples.",
