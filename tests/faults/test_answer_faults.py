@@ -59,6 +59,39 @@ def workers_once():
     pool.close()
 
 
+MEGABYTES = [
+    "answer: ",
+    "the answer is ",
+    "#### 5\n",
+    "<answer>5</answer>",
+    "\\boxed{5} ",
+    "\\boxed{",
+    "final correct my the ",
+    " ",
+    "is ",
+    "$x$ ",
+    "a. ",
+]
+
+
+@pytest.mark.parametrize("piece", MEGABYTES)
+def test_a_megabyte_is_searched_in_a_second_or_so(piece):
+    text = piece * (1_000_000 // len(piece))
+    begun = time.monotonic()
+    AnswerGrader().grade("answer: " + text, "7")
+    equal(text, "7")
+    assert time.monotonic() - begun < 5
+
+
+def test_much_arithmetic_is_given_up_by_count_and_not_by_clock():
+    many = [f"\\sin({i}x)+\\sqrt{{{i}}}" for i in range(2, 42)]
+    verdict = equal("\\{" + ",".join(many) + "\\}", "\\{" + ",".join(f"\\cos({i}x)" for i in range(41, 1, -1)) + "\\}")
+    assert verdict.kind == "wrong"
+    begun = time.monotonic()
+    equal("+".join(f"(x+{i})^{{9999}}" for i in range(60)), "+".join(f"({i}+x)^{{9999}}" for i in range(60)))
+    assert time.monotonic() - begun < 6
+
+
 def test_a_tower_is_decided_without_a_worker():
     verdict = equal(TOWER, "5")
     assert verdict.kind == "wrong" and "too many digits" in verdict.reason

@@ -38,10 +38,13 @@ _TABLE = str.maketrans(
 )
 
 _WRAPPERS = (  # what stands around a whole answer: opening, closing
-    ("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("`", "`"), ('"', '"'), ("__", "__"),
+    ("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("*", "*"), ("`", "`"), ('"', '"'), ("__", "__"),
 )  # fmt: skip
-_TRAILING = re.compile(r"(?<![.,;:!?\s])\s*[.]$")
+_TRAILING = re.compile(r"(?<!\\right)(?<![.,;:!?\s])\s*[.]$")
 _TRAILING_SPACE = re.compile(r"(?:(?<!\\)\\[ ,;:!]?|~|\s)+$")
+_LEADING_EQUALS = re.compile(r"^=\s*(?=[^=\s])")
+_INLINE = re.compile(r"(?<!\\)\\[()]")
+_PROBABILITY = re.compile(r"^(Pr?|E|Var)\s*\(([^()]*)\)\s*=(?=[^=])")
 _PAIRED_DOLLAR = re.compile(r"(?<!\\)\$")
 
 _WORD = r"(?![A-Za-z])"
@@ -49,13 +52,14 @@ _REWRITES: list[tuple[re.Pattern[str], str]] = [
     (re.compile(pattern), new)
     for pattern, new in [
         (r"(?<=\d)\{,\}(?=\d{3})", ""),
+        (r"\\left\s*\\\{\s*\\begin\{array\}\{[lcr]*\}(.*?)\\end\{array\}\s*\\right\s*\.", r"\\begin{cases}\1\\end{cases}"),
         (r"\\(?:left|right)\s*\.", ""),
         (r"\\(?:left|right|middle|[bB]ig{1,2}[lrm]?)(?=\s*(?:[(\[|<)\]>/]|\\[{}|]|\\[lr](?:vert|angle|floor|ceil|brace)))", ""),
         (r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|mathstrut)" + _WORD, ""),
         (r"(?<!\\)\\!", ""),
         (r"(?<!\\)\\[,;:> ]|\\(?:q?quad|enspace|thinspace|space)" + _WORD + "|(?<!^)~", " "),
         (
-            r"\\(?:text|textbf|textit|textrm|textsf|texttt|textnormal|mathrm|mathbf|mathit|mathsf|mbox|hbox|emph|bm|boldsymbol)\s*\{([^{}]*)\}",
+            r"\\(?:text|textbf|textit|textrm|textsf|texttt|textnormal|mathrm|mathbf|mathit|mathsf|mbox|hbox|emph|bm|boldsymbol)\s*\{((?:[^{}]|\{[^{}]*\})*)\}",
             r" \1 ",
         ),
         (r"\\operatorname\*?\s*\{([^{}]*)\}", r" \1 "),
@@ -80,6 +84,7 @@ _REWRITES: list[tuple[re.Pattern[str], str]] = [
         (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ" + _WORD + r")|\\degree" + _WORD, "°"),
         (r"\\colon" + _WORD, ":"),
         (r"\\([%$&#_])", r"\1"),
+        (r"\\\{\s*([a-z])\s*\|", r"\\{\1\\mid "),
         (r"\\varnothing" + _WORD, r"\\emptyset"),
         (r"\\var(epsilon|phi|theta|rho|sigma)" + _WORD, r"\\\1"),
     ]
@@ -110,6 +115,8 @@ def readable(text: object) -> str:
 
 def unwrap(text: str) -> str:
     """Without the signs around a whole answer: dollars, \\(…\\), stars, quotes, one box, a final full stop."""
+    if len(text) > LONGEST:  # nobody will read it
+        return text
     for _ in range(8):
         before, text = text, _TRAILING.sub("", _TRAILING_SPACE.sub("", text.strip()))
         for opening, closing in _WRAPPERS:
@@ -149,7 +156,9 @@ def clean(text: str) -> str:
     if not text.isascii():
         text = _UPPER.sub(lambda m: "^{" + m[0].translate(_SMALL) + "}", text)
         text = _LOWER.sub(lambda m: "_{" + m[0].translate(_SMALL) + "}", text).translate(_TABLE)
-    text = unwrap(text)
+    text = _LEADING_EQUALS.sub("", unwrap(text))
+    if text.count("\\(") == text.count("\\)"):
+        text = _INLINE.sub(" ", text)
     if len(_PAIRED_DOLLAR.findall(text)) % 2 == 0:
         text = _PAIRED_DOLLAR.sub("", text)
     if "\\" in text or "~" in text or "{" in text:
@@ -158,6 +167,7 @@ def clean(text: str) -> str:
             text = pattern.sub(new, text)
     text = _PERCENT.sub("%", text)
     text = _GROUPED.sub(lambda m: m[0].replace(" ", ""), text)
+    text = _PROBABILITY.sub(lambda m: m[1][0] + "_{" + re.sub(r"\W", "", m[2]) + "} =", text)
     text = _MIXED.sub(r"(\1+\2/\3)", text)
     return unwrap(text)
 
@@ -176,7 +186,7 @@ _ARTICLE = re.compile(r"^(?:the|an|a)\s+(?=\S)")
 
 def squash(text: str) -> str:
     """Without spaces that separate nothing; single characters in braces stand bare."""
-    return re.sub(r"(?<=[\^_])\{(\w)\}", r"\1", _JOINING.sub("", text))
+    return _JOINING.sub("", re.sub(r"\{(\w)\}", r" \1", text))
 
 
 def plain_text(text: str) -> str:

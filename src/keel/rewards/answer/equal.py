@@ -16,7 +16,9 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Literal
 
+from keel.errors import KeelError
 from keel.rewards.answer import words
+from keel.rewards.answer.budget import renew
 from keel.rewards.answer.clean import clean, plain_text, readable, squash
 from keel.rewards.answer.errors import NotMath, TooLarge, Undefined, Unreadable, Unsupported
 from keel.rewards.answer.exact import fold
@@ -98,7 +100,9 @@ def equal(answer: object, gold: object, workers: Workers | None = None) -> Verdi
     quick = _numbers(answer, gold)
     if quick is not None:
         return quick
+    renew()
     wanted = read_gold(gold)
+    renew()
     if isinstance(wanted, Verdict):
         return wanted
     try:
@@ -159,10 +163,16 @@ def _read(text: str) -> _Reading:
     body, unit = split_unit(cleaned)
     try:
         found = shape(parse(body))
-        split = shape(parse(body, split_thousands=True)) if _THOUSANDS.search(body) else None
-        return _Reading(cleaned, body, unit, found, split)
+        return _Reading(cleaned, body, unit, found, _split(body))
     except (NotMath, Unsupported, TooLarge, Undefined) as error:
         return _Reading(cleaned, body, unit, error=error)
+
+
+def _split(text: str) -> Shape | None:
+    try:
+        return shape(parse(text, split_thousands=True)) if _THOUSANDS.search(text) else None
+    except (NotMath, Unsupported, TooLarge, Undefined):
+        return None  # as in the numerator of 1,000/3
 
 
 def read_gold(gold: object) -> _Reading | Verdict:
@@ -210,9 +220,12 @@ def _is_text(text: str) -> bool:
     return bool(re.fullmatch(r"[\w\s.,:;'’/#&()-]+", text)) and bool(re.search(r"\w", text))
 
 
-def gold_problem(gold: object) -> str:
+def gold_problem(gold: object, workers: Workers | None = None) -> str:
     """What is wrong with a gold answer, "" if nothing is: whether answers can be compared with it at all."""
     reading = read_gold(gold)
+    if isinstance(reading, _Reading) and isinstance(reading.error, Unsupported):
+        verdict = _asked(reading, reading, workers or shared_workers())
+        return verdict.reason if verdict.kind == "unscorable" else ""
     return reading.reason if isinstance(reading, Verdict) else ""
 
 
@@ -289,6 +302,8 @@ def _asked(a: _Reading, g: _Reading, workers: Workers) -> Verdict:
         said = workers.ask(_asked_as(a), _asked_as(g))
     except (Failed, OSError) as error:
         return Verdict("unscorable", f"math-verify {error}", "math-verify")
+    except KeelError as error:  # not installed
+        return Verdict("unscorable", str(error), "math-verify")
     if said["read"]:
         return Verdict("correct" if said["same"] else "wrong", by="math-verify")
     if said["what"] == "answer":

@@ -7,6 +7,7 @@ from fractions import Fraction
 from math import comb, factorial, gcd, isqrt, lcm
 from typing import Any
 
+from keel.rewards.answer.budget import spend
 from keel.rewards.answer.errors import TooLarge, Undefined, Unsupported
 from keel.rewards.answer.syntax import Node
 
@@ -56,8 +57,10 @@ def _exact(op: str, parts: list[Any], numbers: list[Fraction]) -> Fraction | Non
 
 
 def _bounded(number: Fraction) -> Fraction:
-    if number.numerator.bit_length() + number.denominator.bit_length() > MOST_BITS:
+    bits = number.numerator.bit_length() + number.denominator.bit_length()
+    if bits > MOST_BITS:
         raise TooLarge("a number of too many digits")
+    spend(1 + bits // 4000)
     return number
 
 

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from typing import NamedTuple
 
-from keel.rewards.answer.clean import closing_brace, unwrap
+from keel.rewards.answer.clean import LONGEST, closing_brace, unwrap
 
+MOST_PLACES = 200  # boxes, tags or "answer:" lines that are looked at
 MOST_BOXES = 4  # different ones; who boxes more is guessing
 WORDS_BETWEEN = 4  # so many words between two boxes, and the later one replaces the earlier
 LONGEST_TEXT = 2_000_000
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=[{])")
 _TAG = re.compile(r"<(answer|final_answer|final|result|solution)>", re.I)
 _SAYS = re.compile(
-    r"(?:^|(?<=[\s*_#>(]))(?:final |correct |my |the )*(?:answer|result|solution)s?\b[*_]*(?: (?:choice|option))?"
-    r"(?:\s*(?:is|are)\b\s*:?|\s*[:：]|\s*=)[*_]*",
+    r"(?:^|(?<=[\s*_#>(]))(?:final |correct |my |the ){0,4}(?:answer|result|solution)s?\b[*_]*(?: (?:choice|option))?"
+    r"(?:\s*(?:is|are)\b\s*:?|\s*[:：]|\s*=(?!=))[*_]*",
     re.I,
 )
-_HASHES = re.compile(r"^####[ \t]*(?=\S)", re.M)
+_HASHES = re.compile(r"^####[ \t]*\S", re.M)
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\n")
-_IS = re.compile(r"(?:\b(?:is|are|equals|get|gives|be)\b:?|(?<![<>!=])=(?!=))\s*(?=\S)")
+_IS = re.compile(r"(?:\b(?:is|are|equals|get|gives|be|was|were)\b:?|(?<![<>!=])=(?!=))\s*(?=\S)")
 _WORDS = re.compile(r"[A-Za-z]{2,}")
 
 
@@ -59,7 +61,7 @@ def find(text: str, *, truncated: bool = False) -> Extracted:
         return Extracted(None, "still thinking at its end")
     for places in (_boxes(text), _tags(text)):
         if places is None:
-            return Extracted(None, "its last box or tag never ends")
+            return Extracted(None, "its last box or tag never ends, or there are hundreds")
     marked = [found for found in (_boxes(text), _tags(text), _said(text)) if found]
     if not marked:
         return Extracted(_last_line(text))
@@ -92,7 +94,7 @@ def _boxes(text: str) -> list[_Found] | None:
     for match in _BOX.finditer(text):
         if match.start() < position:
             continue
-        if len(found) > 200:
+        if len(found) > MOST_PLACES:
             return None
         end = closing_brace(text, match.end())
         if end < 0:
@@ -108,6 +110,8 @@ def _tags(text: str) -> list[_Found] | None:
     for match in _TAG.finditer(text) if lowered else ():
         if found and match.start() < found[-1].end:
             continue
+        if len(found) > MOST_PLACES:
+            return None
         closing = f"</{match[1].lower()}>"
         end = lowered.find(closing, match.end())
         if end < 0:
@@ -119,24 +123,25 @@ def _tags(text: str) -> list[_Found] | None:
 def _said(text: str) -> list[_Found]:
     """What follows "answer:" and "the answer is", to the end of the sentence; on the next line where nothing follows."""
     found = []
-    for pattern in (_SAYS, _HASHES):
-        for match in pattern.finditer(text):
-            if pattern is _HASHES and "\n" in text[match.end() :].strip():
-                continue
-            start = match.end()
-            while start < len(text) and text[start] in " \t\r\n*_":
-                start += 1
-            end = _sentence_end(text, start)
-            if text[start:end].strip():
-                found.append(_Found(match.start(), end, text[start:end]))
-    return sorted(found, key=lambda place: place.end)
+    for match in deque(_SAYS.finditer(text), maxlen=MOST_PLACES):
+        start = match.end()
+        while start < len(text) and text[start] in " \t\r\n*_" and start < match.end() + LONGEST:
+            start += 1
+        end = _sentence_end(text, start)
+        if text[start:end].strip(" *_"):
+            found.append(_Found(match.start(), end, text[start:end].rstrip(" *_")))
+    whole = text.rstrip()
+    last = whole.rfind("\n") + 1
+    if whole.startswith("####", last) and whole[last + 4 :].strip():
+        found.append(_Found(last, len(whole), whole[last + 4 :].strip()))
+    return found
 
 
 def _sentence_end(text: str, start: int) -> int:
     """The end of the line, or of the sentence; a formula in dollars or brackets is not cut."""
     depth = 0
     stop = text.find("\n", start)
-    line_end = len(text) if stop < 0 else stop
+    line_end = min(len(text) if stop < 0 else stop, start + LONGEST + 1)
     if text.startswith(("\\[", "$$"), start):
         closing = text.find("\\]" if text[start] == "\\" else "$$", start + 2)
         return line_end if closing < 0 else closing + 2

@@ -25,7 +25,7 @@ GREEK = frozenset(
     ).split()
 )
 CONSTANTS = {"pi": "pi", "e": "e", "i": "i", "infty": "inf", "inf": "inf", "infinity": "inf", "oo": "inf", "imath": "i"}
-RELATIONS = {"=": "=", "==": "=", "<": "<", ">": ">", "<=": "<=", ">=": ">=", "!=": "!=", "\\in": "in"}
+RELATIONS = {"=": "=", "==": "=", "<": "<", ">": ">", "<=": "<=", ">=": ">=", "!=": "!=", "\\in": "in", "\\approx": "~"}
 JOINTS = {",": ",", ";": ",", "or": "or", "and": "and", "\\lor": "or", "\\vee": "or", "\\land": "and", "\\wedge": "and"}
 FIELDS = {"R": "R"}
 ENGLISH = frozenset("if is no not for per to of on at by as be it we all any".split())

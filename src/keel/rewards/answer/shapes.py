@@ -8,17 +8,17 @@ from typing import Any
 
 from keel.rewards.answer.errors import NotMath, Undefined, Unsupported
 from keel.rewards.answer.exact import fold, infinite, put, symbols
+from keel.rewards.answer.regions import INFINITY, LINE, Piece, backwards, intersection, same_region, without
 from keel.rewards.answer.syntax import Node, negative
 from keel.rewards.answer.value import number_of, same_ratio, same_value
 
-INFINITY: Node = ("c", "inf")
 MOST_ITEMS = 100
 _TURNED = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """kind: value | assign | named | equation | inequality | list | set | tuple | matrix | region; what it holds is in `items`.
+    """kind: value | about | assign | named | equation | inequality | list | set | tuple | matrix | region; `items`: what it holds.
 
     name: the variable of an assignment or a region, "" where nobody named it.
     """
@@ -26,9 +26,6 @@ class Shape:
     kind: str
     items: tuple[Any, ...]
     name: str = ""
-
-
-Piece = tuple[Node, bool, Node, bool]  # lower end, is it left out, upper end, is it left out
 
 
 def shape(node: Node) -> Shape:
@@ -46,7 +43,11 @@ def shape(node: Node) -> Shape:
         return _relation(node[1], node[2])
     if op == "tuple":
         return _tuple(node)
+    if op == "+" and node[1][0] == "field" and all(part[0] == "*" and part[2][0] == "set" for part in node[2:]):
+        return _region_of(("minus", node[1], ("set", tuple(item for part in node[2:] for item in part[2][1]))))
     if op == "set":
+        if len(node[1]) > 1 and all(item[0] == "rel" for item in node[1]):
+            return shape(("list", ",", node[1]))
         return Shape("set", _flat(tuple(_item(item) for item in node[1])))
     if op == "matrix":
         return Shape("matrix", tuple(tuple(_item(cell) for cell in row) for row in node[1]))
@@ -90,6 +91,8 @@ def _list(joint: str, nodes: tuple[Node, ...]) -> Shape:
         raise NotMath(f"more than {MOST_ITEMS} items")
     kinds = {item.kind for item in items}
     names = [item.name for item in items if item.kind == "assign"]
+    if kinds == {"assign"} and len(names) > 1 and all("_" in name for name in names) and len({n.split("_")[0] for n in names}) == 1:
+        return Shape("list", tuple(Shape("value", item.items) for item in items), names[0].split("_")[0])
     if kinds == {"assign"} and len(set(names)) == len(names):
         return Shape("named", tuple(sorted(items, key=lambda item: item.name)))
     if kinds <= {"assign", "value"} and len(set(names)) <= 1 and (not names or items[0].kind == "assign"):
@@ -102,7 +105,7 @@ def _list(joint: str, nodes: tuple[Node, ...]) -> Shape:
 def _joined(joint: str, items: tuple[Shape, ...]) -> Shape:
     both = items[0]
     for item in items[1:]:
-        both = Shape("region", _intersection(both.items, item.items), both.name)
+        both = Shape("region", intersection(both.items, item.items), both.name)
     if joint == "and" or joint == "," and both.items:
         return both
     return Shape("region", tuple(piece for item in items for piece in item.items), items[0].name)
@@ -119,6 +122,8 @@ def _tuple(node: Node) -> Shape:
         if len({len(item.items) for item in inner}) == 1:
             return Shape("matrix", tuple(item.items for item in inner))
     if len(items) == 2 and ((opening, closing) not in (("(", ")"), ("[", "]")) or any(infinite(item) for item in items)):
+        if backwards(*items):
+            raise NotMath("an interval that ends before it begins")
         return Shape("region", ((items[0], opening == "(", items[1], closing == ")"),))
     return Shape("tuple", inner, opening + closing)
 
@@ -129,19 +134,37 @@ def _tuple(node: Node) -> Shape:
 def _relation(operators: tuple[str, ...], sides: tuple[Node, ...]) -> Shape:
     if set(operators) == {"="}:
         return _equation(sides)
+    if operators[-1] == "~" and set(operators) <= {"=", "~"}:
+        return _about(operators, sides)
     if operators == ("in",):
         return _membership(*sides)
     if operators == ("!=",):
         if sides[0][0] != "s":
             raise Unsupported("a ≠ of that kind")
-        return Shape("region", _without(_LINE, (sides[1],)), sides[0][1])
+        return Shape("region", without(LINE, (sides[1],)), sides[0][1])
     if set(operators) <= set(_TURNED):
         pieces = [_inequality(op, a, b) for op, a, b in zip(operators, sides, sides[1:], strict=False)]
         if len(pieces) == 1:
             return pieces[0]
         if len(pieces) == 2 and all(piece.kind == "region" for piece in pieces) and pieces[0].name == pieces[1].name:
-            return Shape("region", _intersection(pieces[0].items, pieces[1].items), pieces[0].name)
+            return Shape("region", intersection(pieces[0].items, pieces[1].items), pieces[0].name)
     raise Unsupported("relations of several kinds")
+
+
+def _about(operators: tuple[str, ...], sides: tuple[Node, ...]) -> Shape:
+    """√2 ≈ 1.41: either of the two, where the one is the other to its last digit. x ≈ 1.41 is x = 1.41."""
+    first = operators.index("~")
+    exact = _equation(sides[: first + 1]) if first else Shape("value", sides[:1])
+    if first == 0 and lone_name(sides[0]):
+        exact = Shape("assign", sides[1:2], lone_name(sides[0]))
+    rounded = fold(sides[-1])
+    if exact.kind not in ("value", "assign") or rounded[0] != "n" or first != len(operators) - 1:
+        raise Unsupported("an approximation of that kind")
+    places = next((k for k in range(60) if 10**k % rounded[1].denominator == 0), None)
+    value, shown = number_of(exact.items[0]), number_of(rounded)
+    if places is None or not (abs(value - shown) <= 0.5001 * 10.0**-places or 0 <= abs(value) - abs(shown) < 10.0**-places):
+        raise NotMath("an approximation that is none")
+    return Shape("about", (Shape("value", exact.items), Shape("value", (rounded,))))
 
 
 def _membership(left: Node, right: Node) -> Shape:
@@ -158,7 +181,10 @@ def lone_name(node: Node) -> str:
     if node[0] == "s":
         return node[1]
     applied = (
-        node[0] == "*" and len(node) == 3 and node[1][0] == node[2][0] == "s" and node[1][1] in ("f", "g", "h", "P", "p", "F", "G")
+        node[0] == "*"
+        and len(node) == 3
+        and node[1][0] == node[2][0] == "s"
+        and node[1][1].rstrip("'") in ("f", "g", "h", "P", "p", "F", "G")
     )
     return f"{node[1][1]}({node[2][1]})" if applied else ""
 
@@ -169,7 +195,7 @@ def _equation(sides: tuple[Node, ...]) -> Shape:
     if all(not symbols(side) for side in values) and all(side[0] not in ("tuple", "set", "list", "matrix") for side in values):
         if not all(same_value(values[0], value) for value in values[1:]):
             raise NotMath("a chain of numbers that are not equal")
-        return Shape("assign", (values[-1],), first) if first else Shape("value", (values[-1],))
+        return Shape("assign", (values[-1],), first) if first else Shape("value", (values[-1],), "=")
     if len(sides) == 2 and sides[0][0] == "tuple" and sides[1][0] == "tuple":
         return shape(sides[1])
     if first and len(sides) == 2:
@@ -196,13 +222,19 @@ def _inequality(op: str, a: Node, b: Node) -> Shape:
         raise Unsupported("an inequality with infinity")
     difference = _difference(a, b)
     names = symbols(difference)
-    end = _zero(difference, next(iter(names))) if len(names) == 1 else None
+    solved = not symbols(a) and _multiple(b) or not symbols(b) and _multiple(a)
+    end = _zero(difference, next(iter(names))) if solved and len(names) == 1 else None
     if end is None:
         return Shape("inequality", (op, difference))
     zero, rising = end
     open_end = op == "<"
     piece: Piece = (negative(INFINITY), True, zero, open_end) if rising else (zero, open_end, INFINITY, True)
     return Shape("region", (piece,), next(iter(names)))
+
+
+def _multiple(node: Node) -> bool:
+    """Whether a tree is a symbol or a number times one: an inequality with more than that is not solved."""
+    return node[0] == "s" or node[0] == "*" and any(_multiple(part) for part in node[1:]) and len(symbols(node)) == 1
 
 
 def _zero(node: Node, name: str) -> tuple[Node, bool] | None:
@@ -219,23 +251,23 @@ def _zero(node: Node, name: str) -> tuple[Node, bool] | None:
 
 # ---- regions of the line ---------------------------------------------------------------------------------------------
 
-_LINE: tuple[Piece, ...] = ((negative(INFINITY), True, INFINITY, True),)
-
 
 def _region_of(node: Node) -> Shape:
     if node[0] == "field":
-        return Shape("region", _LINE)
+        return Shape("region", LINE)
     if node[0] == "such":
-        inner = shape(node[2])
-        name = node[1][1] if node[1][0] == "s" else ""
-        if inner.kind != "region" or inner.name != name:
+        head, inner = node[1], shape(node[2])
+        within = LINE
+        if head[0] == "rel" and head[1] == ("in",):
+            head, within = head[2][0], _pieces(shape(head[2][1]))
+        if inner.kind != "region" or head != ("s", inner.name):
             raise Unsupported("a set with a condition of that kind")
-        return Shape("region", inner.items)
+        return Shape("region", intersection(inner.items, within))
     if node[0] == "minus":
         points = shape(node[2])
         if points.kind != "set" or any(item.kind != "value" for item in points.items):
             raise Unsupported("a difference of that kind")
-        return Shape("region", _without(_pieces(shape(node[1])), tuple(item.items[0] for item in points.items)))
+        return Shape("region", without(_pieces(shape(node[1])), tuple(item.items[0] for item in points.items)))
     return Shape("region", tuple(piece for part in node[1] for piece in _pieces(shape(part))))
 
 
@@ -252,59 +284,6 @@ def _pieces(found: Shape) -> tuple[Piece, ...]:
     raise Unsupported("a region of that kind")
 
 
-def _without(pieces: tuple[Piece, ...], points: tuple[Node, ...]) -> tuple[Piece, ...]:
-    for point in points:
-        at, cut = number_of(point), []
-        for low, low_open, high, high_open in pieces:
-            if number_of(low) < at < number_of(high):
-                cut += [(low, low_open, point, True), (point, True, high, high_open)]
-            elif number_of(low) == at or number_of(high) == at:
-                cut.append((low, low_open or number_of(low) == at, high, high_open or number_of(high) == at))
-            else:
-                cut.append((low, low_open, high, high_open))
-        pieces = tuple(cut)
-    return pieces
-
-
-def _intersection(left: tuple[Piece, ...], right: tuple[Piece, ...]) -> tuple[Piece, ...]:
-    found = []
-    for a in left:
-        for b in right:
-            low, low_open = max((a[:2], b[:2]), key=lambda end: (number_of(end[0]), end[1]))
-            high, high_open = min((a[2:], b[2:]), key=lambda end: (number_of(end[0]), not end[1]))
-            if not _empty((low, low_open, high, high_open)):
-                found.append((low, low_open, high, high_open))
-    return tuple(found)
-
-
-def _empty(piece: Piece) -> bool:
-    low, high = number_of(piece[0]), number_of(piece[2])
-    return low > high or low == high and (piece[1] or piece[3])
-
-
-def tidy(pieces: tuple[Piece, ...]) -> list[Piece]:
-    """In order, those that touch as one."""
-    out: list[Piece] = []
-    for piece in sorted((p for p in pieces if not _empty(p)), key=lambda p: (number_of(p[0]), p[1])):
-        if out:
-            low, low_open, high, high_open = out[-1]
-            gap = number_of(piece[0]) - number_of(high)
-            if gap < 0 or gap == 0 and not (high_open and piece[1]):
-                further = max(((high, high_open), piece[2:]), key=lambda end: (number_of(end[0]), not end[1]))
-                out[-1] = (low, low_open, *further)
-                continue
-        out.append(piece)
-    return out
-
-
-def same_region(a: tuple[Piece, ...], b: tuple[Piece, ...]) -> bool:
-    left, right = tidy(a), tidy(b)
-    return len(left) == len(right) and all(
-        p[1] == q[1] and p[3] == q[3] and same_value(p[0], q[0]) and same_value(p[2], q[2])
-        for p, q in zip(left, right, strict=True)
-    )
-
-
 # ---- the same? -------------------------------------------------------------------------------------------------------
 
 
@@ -314,19 +293,25 @@ def same(a: Shape, g: Shape) -> bool:
     Raises:
         NotMath, Unsupported, TooLarge, Undefined: that cannot be told here.
     """
+    if "about" in (a.kind, g.kind):
+        return any(same(x, y) for x in _meant(a) for y in _meant(g))
     if "set" in (a.kind, g.kind) and {a.kind, g.kind} & {"value", "assign"}:
         return len(a.items) == len(g.items) == 1 and _one(a, g)
     return _alike(a, g)
 
 
+def _meant(found: Shape) -> tuple[Shape, ...]:
+    return found.items if found.kind == "about" else (found,)
+
+
 def _alike(a: Shape, g: Shape) -> bool:
     kinds = (a.kind, g.kind)
-    if kinds == ("value", "value") or kinds in (("assign", "value"), ("value", "assign")):
+    if kinds == ("value", "value") or {*kinds} == {"assign", "value"} and "=" not in (a.name, g.name):
         return same_value(a.items[0], g.items[0])
     if kinds == ("assign", "assign"):
         return a.name == g.name and same_value(a.items[0], g.items[0]) or _same_equation(a, g)
     if {*kinds} <= {"assign", "equation"}:
-        return _same_equation(a, g)
+        return not _unsolved(a, g) and _same_equation(a, g)
     if kinds == ("inequality", "inequality"):
         return a.items[0] == g.items[0] and same_ratio(a.items[1], g.items[1], positive=True)
     if kinds == ("named", "named"):
@@ -350,8 +335,9 @@ def _alike(a: Shape, g: Shape) -> bool:
 
 
 def _same_pieces(a: Shape, g: Shape) -> bool:
-    if any(s.kind == "tuple" and (len(s.items) != 2 or s.name not in ("()", "[]")) for s in (a, g)):
-        return False
+    for pair in (s for s in (a, g) if s.kind == "tuple"):
+        if len(pair.items) != 2 or pair.name not in ("()", "[]") or backwards(*(item.items[0] for item in pair.items)):
+            return False
     return same_region(_pieces(a), _pieces(g))
 
 
@@ -365,6 +351,11 @@ def _same_equation(a: Shape, g: Shape) -> bool:
     if left is None or right is None:
         return False
     return same_ratio(left, right, positive=False)
+
+
+def _unsolved(a: Shape, g: Shape) -> bool:
+    """Whether gold is x = 2 and the answer an equation from which that follows: it may be the problem itself."""
+    return g.kind == "assign" and not symbols(g.items[0]) and a.kind == "equation"
 
 
 def _as_difference(assign: Shape) -> Node | None:

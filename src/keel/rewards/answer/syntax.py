@@ -44,7 +44,7 @@ class _Parser:
     """Recursive descent. Every method reads from `at` on and leaves `at` after what it read."""
 
     def __init__(self, tokens: list[Token], split_thousands: bool):
-        self.tokens, self.at, self.depth, self.brackets, self.split = tokens, 0, 0, 0, split_thousands
+        self.tokens, self.at, self.depth, self.bars, self.split = tokens, 0, 0, 0, split_thousands
         self._split_numbers()
 
     def _split_numbers(self) -> None:
@@ -181,7 +181,7 @@ class _Parser:
             return text not in lexer.JOINTS
         if kind == "cmd":
             return text not in lexer.RELATIONS and text not in lexer.JOINTS and text not in lexer.CLOSING
-        return kind == "num" or text in ("(", "[", "{")
+        return kind == "num" or text in ("(", "[", "{") or text == "|" and not self.bars
 
     def power(self) -> Node:
         node = self.postfix(self.primary())
@@ -251,7 +251,9 @@ class _Parser:
 
     def absolute(self) -> Node:
         self.take("|")
+        self.bars += 1
         inside = self.sum()
+        self.bars -= 1
         self.take("|")
         return ("f", "abs", inside)
 
@@ -265,7 +267,7 @@ class _Parser:
         return inside
 
     def word(self, text: str) -> Node:
-        if text in lexer.FUNCTIONS or text in ("log", "sqrt", "cbrt"):
+        if text in lexer.FUNCTIONS or text in ("log", "lg", "sqrt", "cbrt"):
             return self.function(text)
         if text in lexer.CONSTANTS:
             return ("c", lexer.CONSTANTS[text])
@@ -297,7 +299,7 @@ class _Parser:
         return ("s", name)
 
     def command(self, name: str) -> Node:
-        if name in lexer.FUNCTIONS or name == "log":
+        if name in lexer.FUNCTIONS or name in ("log", "lg"):
             return self.function(name)
         if name in lexer.CONSTANTS:
             return ("c", lexer.CONSTANTS[name])
@@ -359,8 +361,8 @@ class _Parser:
             if power == ("n", Fraction(-1)):
                 raise Unsupported("an inverse function")
         arguments = self.arguments()
-        if name == "log":
-            node: Node = ("log", base, *arguments)
+        if name in ("log", "lg"):
+            node: Node = ("log", ("n", Fraction(10)) if name == "lg" else base, *arguments)
         elif name in ("sqrt", "cbrt"):
             node = ("root", 2 if name == "sqrt" else 3, *arguments)
         else:
@@ -386,7 +388,7 @@ class _Parser:
         self.take("{")
         name = self.take()
         self.take("}")
-        if name not in ("pmatrix", "bmatrix", "matrix", "array", "smallmatrix"):
+        if name not in ("pmatrix", "bmatrix", "matrix", "array", "smallmatrix", "cases"):
             raise Unsupported(f"the environment {name}")
         if name == "array" and self.peek() == "{":
             while self.take() != "}":
@@ -406,6 +408,10 @@ class _Parser:
         self.take("}")
         if len({len(row) for row in rows}) != 1:
             raise NotMath("rows of different lengths")
+        if name == "cases":
+            if len(rows[0]) > 1 or any(row[0][0] != "rel" for row in rows):
+                raise Unsupported("a function in several cases")
+            return ("list", ",", tuple(row[0] for row in rows))
         return ("matrix", tuple(map(tuple, rows)))
 
 

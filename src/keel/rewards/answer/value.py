@@ -9,6 +9,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
+from keel.rewards.answer.budget import spend
 from keel.rewards.answer.errors import TooLarge, Undefined, Unsupported
 from keel.rewards.answer.exact import PRIME, fold, infinite, put, residue, symbols, written
 from keel.rewards.answer.syntax import Node
@@ -130,6 +131,7 @@ def _everywhere(
 def _by_residues(nodes: list[Node], names: frozenset[str], salt: int, hold: Callable[[Values, list[Values]], bool]) -> bool | None:
     """Modulo a prime, where there are no roots and functions; None where there are."""
     earlier: list[Values] = []
+    spend(10)
     for index in range(RESIDUES):
         at = {name: zlib.crc32(f"{name} {index} {salt}".encode()) for name in names}
         try:
@@ -208,7 +210,7 @@ class _Numbers:
 
     def __init__(self, digits: int, real: bool):
         self.ctx = _context(digits)
-        self.real, self.lost, self.largest = real, False, 1
+        self.real, self.lost, self.largest, self.cost = real, False, 1, digits // 50
         self.safe, self.noise = self.ctx.prec // 4, self.ctx.prec - 66
 
     @property
@@ -218,6 +220,7 @@ class _Numbers:
 
     def value(self, node: Node, at: Mapping[str, Fraction]) -> Any:
         """The value of a tree at a point."""
+        spend(self.cost)
         value = self._value(node, at)
         if value:
             size = self.ctx.mag(value)

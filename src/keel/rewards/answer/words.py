@@ -20,15 +20,24 @@ NAMED = {
     **dict.fromkeys(("one half", "half"), "1/2"), **dict.fromkeys(("infinity", "positive infinity"), "\\infty"),
     "negative infinity": "-\\infty",
 }  # fmt: skip
+NUMBERS |= {
+    f"{word} {name}": str(int(count) * size)
+    for word, count in [*NUMBERS.items(), ("a", "1")]
+    for name, size in (("hundred", 100), ("thousand", 1000), ("million", 10**6), ("billion", 10**9))
+    if word != "zero"
+}
+_CLOCK = re.compile(r"\d{1,2}(?::\d\d)?\s*[ap]\.?m\.?", re.I)
 _LETTER = re.compile(r"(?:([A-J])|\(\s*([A-Ja-j])\s*\))\s*[.:]?$")
 _CHOSEN = re.compile(
-    r"(?:(?:option|choice)\s+)?(?:\(\s*([A-Za-z])\s*\)|([A-Za-z]))\s*(?:[.:)]?$|(?:[.:)]|(?<=\)))\s+(\S.*)$)", re.I | re.S
+    r"(?:(?:option|choice)\s+)?(?:[(\[]\s*([A-Za-z])\s*[)\]]|([A-Za-z]))\s*(?:[.:)]?$|(?:[.:)]|(?<=\)))\s+(\S.*)$)", re.I | re.S
 )
 _OTHER_LETTER = re.compile(r"(?<![A-Za-z'])(?:[B-J]|\([A-Ja-j]\)|[A-Ja-j]\))(?![A-Za-z'])|\b(?:or|and)\b\s*\(?[A-J]\b")
 
 
 def named(text: str) -> str:
     """Mathematics for words that stand for it: "twelve" → "12", "no solution" → "\\emptyset"; else the text."""
+    if _CLOCK.fullmatch(text):
+        return text.lower().replace(".", "")
     words = plain_text(text) if text[:1].isalpha() and len(text) < 60 else ""
     return NUMBERS.get(words) or NAMED.get(words) or text
 

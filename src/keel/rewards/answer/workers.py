@@ -137,19 +137,22 @@ class Workers:
             Failed: no verdict within the bound.
         """
         self.start()
-        process = self._free.get()
+        free = self._free
+        process = free.get()
         try:
             said = process.ask(answer, gold, self.bound)
         except Failed:
             process = self._replaced(process)
             raise
         finally:
-            self._free.put(process)
+            free.put(process)
         return said
 
     def _replaced(self, dead: _Process) -> _Process:
         with self._lock:
             dead.end()
+            if dead not in self._all:  # the pool was closed meanwhile
+                return dead
             fresh = _Process()
             self._all[self._all.index(dead)] = fresh
             self.killed += 1
