@@ -18,8 +18,8 @@ FLOORS = [  # a room may import from its own floor and from those above it in th
     {"training", "evaluate", "writers", "progress", "curves", "summary", "data"},
     {"manifest", "run_folder"},
     {"run"},
-    {"audit", "gap", "grade"},
-    {"cli", "__init__", "__main__"},
+    {"audit", "gap", "grade", "lab"},
+    {"arguments", "commands", "cli", "__init__", "__main__"},
 ]
 KNOWS_ONLY = {
     "diagnostics": {"types", "objectives", "errors"},

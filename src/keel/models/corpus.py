@@ -45,7 +45,7 @@ def example(mixture: Mixture, rng: random.Random) -> tuple[str, str]:
     if name.startswith("sum"):
         return family.ask(parts), _sum_completion(parts, mixture, rng)
     answer = family.answer(parts)
-    return family.ask(parts), f"A:{_slip(answer, rng) if rng.random() < mixture.wrong else answer}"
+    return family.ask(parts), f"A:{slip(answer, rng) if rng.random() < mixture.wrong else answer}"
 
 
 def _sum_completion(parts: tuple[int, ...], mixture: Mixture, rng: random.Random) -> str:
@@ -60,10 +60,10 @@ def _sum_completion(parts: tuple[int, ...], mixture: Mixture, rng: random.Random
 
 def _add(total: int, term: int, mixture: Mixture, rng: random.Random) -> int:
     right = total + term
-    return int(_slip(str(right), rng)) if rng.random() < mixture.wrong else right
+    return int(slip(str(right), rng)) if rng.random() < mixture.wrong else right
 
 
-def _slip(answer: str, rng: random.Random) -> str:
+def slip(answer: str, rng: random.Random) -> str:
     """A wrong answer that looks like a right one: a number a little off, or a text with one letter changed."""
     if answer.isdigit() and len(answer) < 3:
         value = int(answer)

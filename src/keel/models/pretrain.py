@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from keel.errors import KeelError, nearest
 from keel.models.characters import END, PAD, VOCABULARY, character_tokenizer, encode
-from keel.models.corpus import MIXTURES, Mixture, example
+from keel.models.corpus import MIXTURES, example
 from keel.models.load import quiet
 
 CONTEXT = 256
@@ -64,6 +65,7 @@ class Schedule:
 BASE = {size: Schedule(steps=2600 if size == "moe" else 2000) for size in SIZES}
 ALIGN = Schedule(steps=300, lr=5e-4)
 Progress = Callable[[int, int, float], None]
+Draw = Callable[[random.Random], tuple[str, str]]
 
 
 def pretrain(
@@ -104,7 +106,7 @@ def pretrain(
     phases = [("base", base)] + ([("aligned", align)] if kind == "aligned" else [])
     total, losses = sum(schedule.steps for _, schedule in phases), []
     with _threads(threads):
-        for loss in chain.from_iterable(fit(model, MIXTURES[name], s, f"{name} {seed}") for name, s in phases):
+        for loss in chain.from_iterable(fit(model, partial(example, MIXTURES[name]), s, f"{name} {seed}") for name, s in phases):
             losses.append(loss)
             if progress is not None:
                 progress(len(losses), total, loss)
@@ -151,14 +153,18 @@ def _config(size: str):
     )  # fmt: skip
 
 
-def fit(model, mixture: Mixture, schedule: Schedule, seed: str) -> Iterator[float]:
-    """Train the model in place on fresh examples; yields each step's mean loss in nats per completion token."""
+def fit(model, draw: Draw, schedule: Schedule, seed: str) -> Iterator[float]:
+    """Train the model in place on fresh examples; yields each step's mean loss in nats per completion token.
+
+    Args:
+        draw: a random prompt and its completion.
+    """
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=schedule.lr, betas=(0.9, 0.98), weight_decay=schedule.weight_decay)
     model.train()
     for step in range(schedule.steps):
         optimizer.param_groups[0]["lr"] = schedule.lr_at(step)
-        rows = sorted((_row(mixture, rng) for _ in range(schedule.rows)), key=lambda row: len(row[0]))
+        rows = sorted((_row(draw, rng) for _ in range(schedule.rows)), key=lambda row: len(row[0]))
         tokens = sum(len(ids) - prompt for ids, prompt in rows)
         total = 0.0
         for piece in _cut(rows, schedule.cuts):
@@ -171,9 +177,9 @@ def fit(model, mixture: Mixture, schedule: Schedule, seed: str) -> Iterator[floa
         yield total
 
 
-def _row(mixture: Mixture, rng: random.Random) -> tuple[list[int], int]:
+def _row(draw: Draw, rng: random.Random) -> tuple[list[int], int]:
     """Token ids of one example with its end token, and the length of its prompt."""
-    prompt, completion = example(mixture, rng)
+    prompt, completion = draw(rng)
     return [*encode(prompt + completion), END], len(prompt)
 
 
