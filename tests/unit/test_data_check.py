@@ -124,6 +124,17 @@ def test_gold_that_the_grader_refuses(write, tmp_path):
     assert "RuntimeError" in found.dropped["row/2"].why
 
 
+def test_a_spec_says_how_answers_are_read(write):
+    rows = [{"question": story(i), "answer": f"Add them. #### {2 * i + 1}"} for i in range(12)]
+    spec = f"jsonl:{write(rows)}?extract=tag&answer_after=####"
+    samples = write(
+        [{"prompt": story(3), "completion": text} for text in ("<answer>7</answer>", "7", "<answer>8</answer>")], "s.jsonl"
+    )
+    found = find(spec, samples=samples)
+    assert found.counts == {} and (found.votes[0].right, found.votes[0].rival) == (1, "8")
+    assert found.kept[0].row == rows[0]
+
+
 def test_kinds_can_be_kept_and_dropped(write):
     rows = [*plain(), plain()[0]]
     assert not find(write(rows), keep=["duplicate"]).dropped

@@ -203,6 +203,8 @@ def _live(votes: Sequence[Vote], size: int) -> float | None:
 
 
 def _of_gold(items: Items, item: Item) -> Iterator[Fault]:
+    if getattr(items.task, "checked", 1) == 0:  # no completion is known to be right, or to grade one costs money
+        return
     score = items.reward(item.prompt, items.task.gold(item.prompt))
     if score.value is None:
         yield Fault(item.id, "ungradable", f"gold {_short(item.prompt.answer)} is unscorable: {score.reason}")

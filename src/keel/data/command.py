@@ -29,9 +29,6 @@ def find(
 ) -> Findings:
     """Check a data set. Arguments as of `run_check`."""
     items = open_items(spec, grader)
-    if not items.items:
-        id, why = next(iter(items.unreadable.items()), ("", "there are none"))
-        raise KeelError(f"Not one row of {spec!r} can be read; the first, {id}: {why}. Expected a question and an answer in each.")
     sampled = read_samples(samples, items.items) if samples else None
     return check(items, [open_items(other) for other in against], sampled, also=also, keep=keep)
 

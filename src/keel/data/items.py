@@ -11,7 +11,7 @@ from urllib.parse import parse_qsl
 from keel.errors import KeelError, nearest
 from keel.rewards.exact import after_marker, answer_in, in_tag
 from keel.rewards.graders import get_grader
-from keel.tasks.table import EXTRACT, WRITE, read_datasets, read_jsonl, read_parquet
+from keel.tasks.table import read_datasets, read_jsonl, read_parquet, table
 from keel.tasks.task import PromptTask, held_out, unchecked_task
 from keel.types import Finish, Prompt, Score
 
@@ -83,6 +83,8 @@ def _by(extract: Callable[[str], str | None]) -> Read:
 
 
 READERS: tuple[Read, ...] = (_by(in_tag), _by(after_marker()), answer_in, _plain)
+NOT_GRADING = ("test", "split", "test_split", "config", "suffix", "answer_after")  # options of a table that say where rows are
+TRIED = 64  # rows with which it is tried to make a task
 MOST = 0.9  # share of gold answers that a way of reading must find
 
 
@@ -122,8 +124,6 @@ def _from_task(spec: str) -> Items:
 def _from_table(spec: str, kind: str) -> Items:
     head, _, query = spec.partition("?")
     variant, options = head.partition(":")[2], dict(parse_qsl(query, keep_blank_values=True))
-    extract = options.get("extract", "auto")
-    grade = EXTRACT[extract] if extract in EXTRACT else get_grader(extract)
     sources = [("row", variant), *([("test", options["test"])] if options.get("test") else [])]
     items: list[Item] = []
     unreadable, bad = {}, {}
@@ -139,10 +139,24 @@ def _from_table(spec: str, kind: str) -> Items:
                 continue
             test = prefix == "test" or (len(sources) == 1 and held_out(prompt.text))
             items.append(Item(prompt, "test" if test else "train", row))
-    pattern = WRITE.get(extract, "{}")
     splits = {split: [item.prompt for item in items if item.split == split] for split in ("train", "test")}
-    task = PromptTask(head, splits["train"], splits["test"], grade, lambda prompt: pattern.replace("{}", prompt.answer))
+    task = replace(_graded(head, items, columns, options, unreadable), train=splits["train"], test=splits["test"])
     return Items(head, tuple(items), unreadable, bad, task)
+
+
+def _graded(
+    name: str, items: list[Item], columns: Mapping[str, str], options: Mapping[str, str], unreadable: Mapping[str, str]
+) -> PromptTask:
+    """A task that grades as the spec says, made of the first row that its grader accepts."""
+    chosen = {key: value for key, value in options.items() if key not in NOT_GRADING} | columns
+    tried: KeelError | None = None
+    for item in items[:TRIED]:
+        try:
+            return table(name, lambda source, row=item.row: [row], name, **{**chosen, "test": name})
+        except KeelError as fault:
+            tried = tried or fault
+    id, why = next(iter(unreadable.items()), ("", "there are none"))
+    raise tried or KeelError(f"Not one row of {name!r} can be read; {id}: {why}. Expected a question and an answer in each.")
 
 
 def _read(kind: str, source: str, options: Mapping[str, str]) -> Iterable[Mapping[str, Any]]:
