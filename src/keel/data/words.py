@@ -24,7 +24,7 @@ def _head(found: Findings) -> str:
     lines = [f"{found.items.name}: {rows:,} rows, {splits['train']:,} to train on and {splits['test']:,} held out{against}."]
     if largest > 1:
         lines.append(
-            f"Without their numbers they are {shapes:,} different texts; the most frequent stands there {largest:,} times."
+            f"Apart from its numbers the most frequent text stands there {largest:,} times; so counted, {shapes:,} are different."
         )
     return "\n".join(lines)
 
