@@ -24,7 +24,7 @@ import tomli_w
 from keel.config import RunConfig, load_config
 from keel.errors import KeelError
 from keel.files import append_jsonl, cut_jsonl, disk_error, json_of, read_jsonl, write_atomically, written
-from keel.types import Group
+from keel.types import Group, Score
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,14 @@ def _rollout_rows(step: int, group: Group) -> Iterator[dict[str, Any]]:
             "correct": score.correct,
             "finish": completion.finish,
             "tokens": len(completion.token_ids),
-        } | ({"unscorable": score.reason} if not score.scorable else {})
+        } | _told(score)
+
+
+def _told(score: Score) -> dict[str, Any]:
+    """What the reward keeps beside its value, where it keeps something."""
+    if not score.scorable:
+        return {"unscorable": score.reason}
+    return ({"parts": dict(score.parts)} if score.parts else {}) | ({"reason": score.reason} if score.reason else {})
 
 
 def _without_none(value: Any) -> Any:

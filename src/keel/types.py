@@ -100,7 +100,8 @@ class Score:
     Args:
         value: the reward, or None when the completion could not be scored; `reason` then says why. Unscorable is not zero.
         correct: whether the answer is right, apart from any shaping (accuracy, the dynamic-sampling filter, pass@k use it).
-        parts: named parts of the value, kept for the record.
+        parts: named parts of the value, kept for the record. What a part without a dot in its name says was added to the value; one
+            with a dot ("point.units", "answer.point.units") is a detail.
     """
 
     value: float | None

@@ -61,6 +61,7 @@ def test_numbers():
         "reward/unscorable_frac": 0.2,
         "reward/truncated_mean": 0.0,
         "reward/finished_mean": 1 / 3,
+        "reward/beyond_correct_frac": 0.0,
         "group/count": 2,
         "group/live_frac": 0.5,
         "group/all_right_frac": 0.0,

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from keel.diagnostics import gap, routing
+from keel.diagnostics.parts import beyond_correct
 from keel.objectives.corrections import weight
 from keel.objectives.kl import k3
 from keel.objectives.objective import Objective
@@ -83,6 +84,8 @@ def _reward(out: Measured, batch: Batch) -> None:
     out.mean("reward/unscorable_frac", ~batch.scorable, torch.ones_like(batch.scorable))
     out.mean("reward/truncated_mean", reward, batch.scorable & batch.truncated)
     out.mean("reward/finished_mean", reward, batch.scorable & ~batch.truncated)
+    beyond = beyond_correct(reward, batch.correct, batch.group, batch.scorable)
+    out["reward/beyond_correct_frac"] = beyond, ~beyond.isnan()
 
 
 def _groups(out: Measured, batch: Batch, prepared: Prepared) -> None:

@@ -1,7 +1,7 @@
 """Every metric by name, with its unit and its meaning in one line. A name that is not here is refused. Makes
 docs/metrics.md.
 
-`{k}` stands for a number and `{panel}` for the name of a set of prompts.
+`{k}` stands for a number, `{panel}` for the name of a set of prompts and `{part}` for that of a part of the reward.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Metric:
     """A number with a name.
 
     Args:
-        name: family/what_unit; may hold `{k}` or `{panel}`.
+        name: family/what_unit; may hold `{k}`, `{panel}` or `{part}`.
         unit: of the number.
         meaning: one line.
     """
@@ -33,7 +33,8 @@ class Metric:
 
     def matches(self, name: str) -> bool:
         """Whether a concrete name is an instance of this one."""
-        pattern = re.escape(self.name).replace(r"\{k\}", r"\d+").replace(r"\{panel\}", r"[\w.:\-]+")
+        pattern = re.escape(self.name).replace(r"\{k\}", r"\d+")
+        pattern = pattern.replace(r"\{panel\}", r"[\w.:\-]+").replace(r"\{part\}", r"[\w.\-]+")
         return re.fullmatch(pattern, name) is not None
 
 
@@ -62,6 +63,9 @@ METRICS = (
     Metric("reward/unscorable_frac", "share", "completions without a verdict (grader or engine failed)"),
     Metric("reward/truncated_mean", "reward", "mean over scorable completions that reached the length cap"),
     Metric("reward/finished_mean", "reward", "mean over scorable completions that ended by themselves"),
+    Metric("reward/beyond_correct_frac", "share", "variance of rewards within groups that correctness does not explain"),
+    Metric("reward/part/{part}_mean", "reward", "mean of a part over the scorable completions that have it"),
+    Metric("reward/part/{part}_share", "share", "variance of rewards within groups that comes from a part; all parts sum to 1"),
     Metric("group/count", "groups", "groups with at least one scorable completion"),
     Metric("group/live_frac", "share", "groups with right and wrong completions"),
     Metric("group/all_right_frac", "share", "groups in which every scorable completion is right"),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from keel.errors import KeelError
 from keel.evaluate.estimates import interval, pass_at_k
 from keel.rollout.engine import Engine, Seed
-from keel.tasks.task import Task
+from keel.tasks.task import Task, reward_many
 from keel.types import Completion, Prompt, Sampling, Score
 
 
@@ -80,7 +81,9 @@ def grade(engine: Engine, prompts: Sequence[Prompt], task: Task, sampling: Sampl
                 f"of the {len(prompts)} prompts given; mend the engine."
             )
         answers[completion.prompt_id].append(completion)
-    return [_graded(prompt, answers[prompt.id], task, samples) for prompt in prompts]
+    rows = [(prompt, _ordered(prompt, answers[prompt.id], samples)) for prompt in prompts]
+    scores = iter(reward_many(task, [(prompt, c.text, c.finish) for prompt, ordered in rows for c in ordered]))
+    return [Graded(prompt, ordered, tuple(islice(scores, samples))) for prompt, ordered in rows]
 
 
 def panel(
@@ -96,14 +99,13 @@ def panel(
     return {task.name: evaluate(engine, prompts[task.name], task, sampling, samples, seed, ks) for task in tasks}
 
 
-def _graded(prompt: Prompt, completions: Sequence[Completion], task: Task, samples: int) -> Graded:
+def _ordered(prompt: Prompt, completions: Sequence[Completion], samples: int) -> tuple[Completion, ...]:
     if len(completions) != samples:
         raise KeelError(
             f"The engine gave {len(completions)} completions of prompt {prompt.id!r}. Expected {samples}; prompts need "
             f"ids of their own, and a failed completion still has to come back, with finish 'error'."
         )
-    ordered = tuple(sorted(completions, key=lambda completion: completion.sample))
-    return Graded(prompt, ordered, tuple(task.reward(prompt, c.text, c.finish) for c in ordered))
+    return tuple(sorted(completions, key=lambda completion: completion.sample))
 
 
 def _means(graded: Sequence[Graded]) -> dict[str, float]:

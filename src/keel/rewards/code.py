@@ -10,8 +10,10 @@ from __future__ import annotations
 import ast
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -66,11 +68,13 @@ class CodeGrader:
         sandbox: where programs run.
         verdict: "all" (1 where every test passes) or "fraction". `correct` means all of them, either way.
         total_s: seconds for all tests of one completion; those that it does not reach have failed.
+        workers: programs that run at a time, where many are graded together.
     """
 
     sandbox: Sandbox = field(default_factory=Sandbox)
     verdict: Literal["all", "fraction"] = "all"
     total_s: float = 60.0
+    workers: int = field(default_factory=lambda: os.cpu_count() or 1)
 
     def __call__(self, prompt: Prompt, text: str) -> Score:
         """The verdict; the tests are the prompt's answer, as `read_tests` reads them."""
@@ -78,6 +82,11 @@ class CodeGrader:
         if program is None:
             return Score(0.0, reason="no program found: expected a block fenced by ```python")
         return self.grade(program, read_tests(prompt.answer, f"prompt {prompt.id!r}"))
+
+    def many(self, asked: Sequence[tuple[Prompt, str]]) -> list[Score]:
+        """The verdicts, in order."""
+        with ThreadPoolExecutor(self.workers) as pool:
+            return list(pool.map(lambda pair: self(*pair), asked))
 
     def grade(self, program: str, tests: Sequence[Test]) -> Score:
         """The verdict on a program. Unscorable only where the sandbox failed, which a program cannot bring about."""
@@ -161,7 +170,7 @@ def same_value(found: Any, expected: Any) -> bool:
     return all(any(same_value(each, one) for each in members) for one in (list(map(list, held)) if kind == "dict" else held))
 
 
-def _same_number(found: float, expected: float) -> bool:
+def _same_number(found: int | float, expected: int | float) -> bool:
     if isinstance(found, int) and isinstance(expected, int):
         return found == expected
     try:

@@ -49,6 +49,16 @@ def matches(pattern: str) -> Form:
     return lambda text: "" if compiled.fullmatch(text) else f"it does not match {pattern!r}"
 
 
+def written(spec: str, inside: str) -> str | None:
+    """A text of that form around this one, which stands in the last tag; None where the form does not say how to write it."""
+    kind, _, rest = spec.partition(":")
+    if kind != "tags":
+        return None
+    *others, last = (name.strip() for name in rest.split(","))
+    bare = inside.removeprefix(f"<{last}>").removesuffix(f"</{last}>")
+    return "".join(f"<{name}>…</{name}>" for name in others) + f"<{last}>{bare}</{last}>"
+
+
 def form_of(spec: str) -> Form:
     """A form from a text: "tags:think,answer" or "regex:…".
 

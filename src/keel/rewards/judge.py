@@ -25,8 +25,7 @@ from keel.errors import KeelError
 from keel.rewards.judge_cache import AnswerCache
 from keel.rewards.judge_prompt import FORM, Malformed, Question, question, read_verdict
 from keel.rewards.judge_server import MOST_BYTES, JudgeSettings, Worker, body_of, content_of, pause_of
-from keel.rewards.rubric import Criterion, Rubric
-from keel.settings import explain
+from keel.rewards.rubric import Criterion, Rubric, explained
 from keel.types import Prompt, Score
 
 RETRIED = (408, 409, 425, 429)  # and everything from 500 on
@@ -259,4 +258,4 @@ def judge_of(rubric: Rubric, **settings: Any) -> Judge:
     try:
         return Judge(JudgeSettings(**settings), rubric)
     except ValidationError as found:
-        raise KeelError(f"The judge's settings: {explain(found, JudgeSettings)}") from None
+        raise KeelError(f"The judge's settings: {explained(found, JudgeSettings, 'the judge')}") from None

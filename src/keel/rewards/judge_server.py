@@ -178,6 +178,9 @@ def _end(loop: asyncio.AbstractEventLoop, thread: threading.Thread, client: Any)
         await asyncio.gather(*others, return_exceptions=True)
         await client.close()
 
+    if threading.current_thread() is thread:  # the last reference was the loop's own: it cannot wait for itself
+        threading.Thread(target=_end, args=(loop, thread, client)).start()
+        return
     asyncio.run_coroutine_threadsafe(last(), loop).result(10.0)
     loop.call_soon_threadsafe(loop.stop)
     thread.join(10.0)

@@ -130,23 +130,39 @@ def load_rubric(source: str | Path | Mapping[str, Any]) -> Rubric:
 
 
 def _explained(found: ValidationError) -> str:
-    """One paragraph on the first mistake, and how many more there are."""
-    first, *others = found.errors(include_url=False)
+    place = _worst(found)["loc"]
+    if place[:1] == ("criteria",) and len(place) > 1:
+        return explained(found, Criterion, f"criterion {int(place[1]) + 1}")
+    return explained(found, Rubric, "the rubric")
+
+
+def _worst(found: ValidationError) -> dict[str, Any]:
+    """A misspelt key before one that is missing: it may be the same."""
+    return dict(min(found.errors(include_url=False), key=lambda error: error["type"] != "extra_forbidden"))
+
+
+def explained(found: ValidationError, model: type[BaseModel], at: str) -> str:
+    """One paragraph on one mistake, and how many more there are.
+
+    Args:
+        model: whose settings they are. at: what a reader calls it.
+    """
+    first = _worst(found)
     raised = first.get("ctx", {}).get("error")
-    place = [str(part) for part in first["loc"]]
-    model: type[BaseModel] = Criterion if place[:1] == ["criteria"] and len(place) > 1 else Rubric
-    at = f"criterion {int(place[1]) + 1}" if model is Criterion and place[1].isdigit() else "the rubric"
-    known = list(model.model_fields)
+    place, known = [str(part) for part in first["loc"]], list(model.model_fields)
+    field = next((part for part in reversed(place) if part in known), "")
     if isinstance(raised, KeelError):
         said = str(raised)
     elif first["type"] == "extra_forbidden":
         said = f"{at} has no setting {place[-1]!r}: {nearest(place[-1], known)}Expected {', '.join(known)}."
     elif first["type"] == "missing":
         said = f"{at} lacks {place[-1]!r} ({_phrase(model, place[-1])}). Add it."
+    elif not field:
+        said = f"{at} is {first['input']!r}. Expected a table with {', '.join(known)}."
     else:
-        field = next((part for part in reversed(place) if part in known), place[-1] if place else "")
         said = f"{field} of {at} is {first['input']!r}: {first['msg'].lower()}. Expected {_phrase(model, field)}."
-    return said if not others else f"{said} ({len(others)} more to mend after this one.)"
+    more = found.error_count() - 1
+    return said if not more else f"{said} ({more} more to mend after this one.)"
 
 
 def _phrase(model: type[BaseModel], name: str) -> str:

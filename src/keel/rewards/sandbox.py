@@ -120,16 +120,16 @@ class Sandbox:
     def _run(
         self, files: Mapping[str, str], main: str, stdin: bytes, arguments: Sequence[str], isolation: Isolation
     ) -> Ran:  # fmt: skip
-        folder = tempfile.mkdtemp(prefix="keel-sandbox-")
-        begun = time.monotonic()
+        folder, begun = "", time.monotonic()
         try:
+            folder = tempfile.mkdtemp(prefix="keel-sandbox-")
             order = self._order(files, main, arguments, isolation)
             Path(folder, "order.json").write_text(json.dumps(order), encoding="utf-8")
             return _Run(folder, stdin, self.limits, isolation).result()
         except OSError as fault:  # no folder, no processes left, no memory: not the program's doing
             return Ran("failed", None, b"", b"", time.monotonic() - begun, isolation, f"{type(fault).__name__}: {fault}")
         finally:
-            _remove(folder)
+            _remove(folder) if folder else None
 
     def _order(self, files: Mapping[str, str], main: str, arguments: Sequence[str], isolation: Isolation) -> dict[str, object]:
         limits = self.limits.of_system()

@@ -8,22 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from keel.errors import KeelError, nearest
-from keel.rewards.answer import AnswerGrader, check_golds
-from keel.rewards.exact import after_marker, exact, exact_anywhere, in_tag, last_line, last_number
-from keel.tasks.task import PromptTask, held_out, split_number
-from keel.types import Prompt, Score
+from keel.tasks.grading import EXTRACT, WRITE, grading_of
+from keel.tasks.task import CHECKED, PromptTask, held_out, split_number
+from keel.types import Prompt
 
 Row = Mapping[str, Any]
-EXTRACT = {
-    "auto": exact_anywhere,
-    "number": exact(last_number),
-    "line": exact(last_line),
-    "tag": exact(in_tag),
-    "marker": exact(after_marker()),
-    "text": exact(str.strip),
-}
-GRADERS = ("exact", "answer")
-WRITE = {"tag": "<answer>{}</answer>", "marker": "A:{}"}  # how gold is written where it is not the completion itself
+__all__ = ["EXTRACT", "WRITE", "datasets", "jsonl", "parquet", "read_datasets", "read_jsonl", "read_parquet", "table"]
 
 
 def jsonl(variant: str, **options: str) -> PromptTask:
@@ -62,6 +52,9 @@ def table(
     suffix: str = "",
     test: str = "",
     grader: str = "exact",
+    form: str = "",
+    solution: str = "",
+    **grading: str,
 ) -> PromptTask:
     """A task from rows.
 
@@ -75,36 +68,30 @@ def table(
             (<answer>…</answer>), "marker" (the last line "A:…"), "text" (all of it), or "auto" (`exact.answer_in`).
         suffix: written after every prompt.
         grader: "exact" compares character for character; "answer" tells whether two answers say the same (`keel.rewards.answer`),
-            finds a completion's answer by itself, and looks at every gold answer on loading.
+            finds a completion's answer by itself, and looks at every gold answer on loading; "code" runs programs against the
+            tests in the answer's column (`keel.rewards.code`); "judge" asks a model by a rubric (`keel.rewards.judge`), and
+            `answer=` (empty) then means that there is no gold answer.
+        form: "tags:think,answer" or "regex:…": a completion without this form earns nothing (`keel.rewards.format`).
+        solution: of "code", the name of a column with programs that pass; some of them are run on loading.
+        grading: options of the grader (`keel.tasks.grading`), for instance rubric, base_url and model of a judge.
 
     Raises:
         KeelError: a file, a column or a value is missing, or cannot be read.
     """
-    grade = _grade(name, grader, extract)
+    graded = grading_of(name, grader, extract, form, grading)
 
     def prompts(where: str, kind: str) -> list[Prompt]:
         rows = enumerate(read(where))
-        return [_prompt(f"{kind}/{i}", row, prompt, answer, answer_after, suffix, where) for i, row in rows]
+        columns = (prompt, answer, solution) if grader == "code" else (prompt, answer, "")
+        return [_prompt(f"{kind}/{i}", row, columns, answer_after, suffix, where) for i, row in rows]
 
     rows = prompts(source, "row")
     train, held = (rows, prompts(test, "test")) if test else _split(rows)
-    if grader == "answer":
-        check_golds([(prompt.id, prompt.answer) for prompt in (*train, *held)], f"Task {name!r}")
-        return PromptTask(name, train, held, grade, lambda prompt: f"\\boxed{{{prompt.answer}}}", own_gold_only=False)
-    return PromptTask(name, train, held, grade, _gold_writer(extract))
-
-
-def _grade(name: str, grader: str, extract: str) -> Callable[[Prompt, str], Score]:
-    if grader == "exact":
-        return EXTRACT[_pick_extract(name, extract)]
-    if grader != "answer" or extract != "auto":
-        found = (
-            f"grader={grader!r}: {nearest(grader, GRADERS)}"
-            if grader != "answer"
-            else f"grader='answer' with extract={extract!r}: "
-        )
-        raise KeelError(f"Task {name!r} got {found}Expected one of {', '.join(GRADERS)}; `answer` finds the answer by itself.")
-    return AnswerGrader()
+    graded.check([*train, *held])
+    checked = CHECKED if graded.checked is None else graded.checked
+    if grader == "code" and not solution:
+        checked = 0
+    return PromptTask(name, train, held, graded.grade, graded.write_gold, graded.own_gold_only, checked)
 
 
 def _split(rows: list[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
@@ -113,20 +100,11 @@ def _split(rows: list[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
     return [p for p in rows if p.text not in chosen], [p for p in rows if p.text in chosen]
 
 
-def _pick_extract(name: str, extract: str) -> str:
-    if extract not in EXTRACT:
-        known = ", ".join(EXTRACT)
-        raise KeelError(f"Task {name!r} got extract={extract!r}: {nearest(extract, EXTRACT)}Expected one of {known}.")
-    return extract
-
-
-def _gold_writer(extract: str) -> Callable[[Prompt], str]:
-    pattern = WRITE.get(extract, "{}")
-    return lambda prompt: pattern.replace("{}", prompt.answer)
-
-
-def _prompt(id: str, row: Row, prompt: str, answer: str, answer_after: str, suffix: str, where: str) -> Prompt:
-    text, gold = _cell(row, prompt, "prompt", id, where), _cell(row, answer, "answer", id, where)
+def _prompt(id: str, row: Row, columns: tuple[str, str, str], answer_after: str, suffix: str, where: str) -> Prompt:
+    prompt, answer, solution = columns
+    text = _cell(row, prompt, "prompt", id, where)
+    gold = _cell(_with_text(row, answer), answer, "answer", id, where) if answer else ""
+    more = {"solution": _cell(row, solution, "solution", id, where)} if solution else {}
     if answer_after:
         if answer_after not in gold:
             raise KeelError(
@@ -134,7 +112,12 @@ def _prompt(id: str, row: Row, prompt: str, answer: str, answer_after: str, suff
                 f"{gold[-80:]!r}. Mend the row, or leave the option answer_after out."
             )
         gold = gold.rsplit(answer_after, 1)[1]
-    return Prompt(id=id, text=text + suffix, answer=gold.strip(), data={"row": id})
+    return Prompt(id=id, text=text + suffix, answer=gold.strip(), data={"row": id} | more)
+
+
+def _with_text(row: Row, column: str) -> Row:
+    """A list of tests, as data sets of programs have it, as the text of that list."""
+    return {**row, column: json.dumps(row[column])} if isinstance(row.get(column), list | dict) else row
 
 
 def _cell(row: Row, column: str, option: str, id: str, where: str) -> str:

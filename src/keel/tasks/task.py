@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 from urllib.parse import parse_qsl
 
 from keel.errors import KeelError, nearest
+from keel.rewards.compose import grade_many
 from keel.types import Finish, Prompt, Score
 
 HELD_OUT = 8  # one problem of this many is kept for the test split
@@ -51,6 +52,7 @@ class PromptTask:
         write_gold: prompt → a completion that is right; the gold answer itself unless given.
         own_gold_only: whether one row's gold may never be right for another row with another answer. False where
             several answers can be right, or the grader gives part of a point: then it may be so for half of them.
+        checked: rows that are graded on load. 0 where no completion is known to be right, or grading costs money.
     """
 
     name: str
@@ -59,22 +61,45 @@ class PromptTask:
     grade: Callable[[Prompt, str], Score]
     write_gold: Callable[[Prompt], str] = lambda prompt: prompt.answer
     own_gold_only: bool = True
+    checked: int = CHECKED
 
     def reward(self, prompt: Prompt, text: str, finish: Finish = "stop") -> Score:
         """0 for a truncated or an empty completion, unscorable for a failed one, else what `grade` says."""
-        if finish == "error":
-            return Score(None, reason="the engine failed on this completion")
-        if finish == "length":
-            return Score(0.0, reason="truncated")
-        if not isinstance(text, str) or not text.strip():
-            return Score(0.0, reason="empty")
-        return self.grade(prompt, text)
+        ungraded = _ungraded(text, finish)
+        return self.grade(prompt, text) if ungraded is None else ungraded
+
+    def reward_many(self, asked: Sequence[tuple[Prompt, str, Finish]]) -> list[Score]:
+        """`reward` of each, in their order; by the grader's `many` where it has one."""
+        if type(self).reward is not PromptTask.reward:  # a subclass has a reward of its own
+            return [self.reward(prompt, text, finish) for prompt, text, finish in asked]
+        ungraded = [_ungraded(text, finish) for _, text, finish in asked]
+        graded = iter(
+            grade_many(self.grade, [(p, text) for (p, text, _), known in zip(asked, ungraded, strict=True) if known is None])
+        )
+        return [next(graded) if known is None else known for known in ungraded]
 
     def gold(self, prompt: Prompt) -> str:
         return self.write_gold(prompt)
 
     def check(self) -> None:
-        check_task(self, self.own_gold_only)
+        check_task(self, self.own_gold_only, self.checked)
+
+
+def _ungraded(text: object, finish: Finish) -> Score | None:
+    """The verdict on what no grader has to see; None on all else."""
+    if finish == "error":
+        return Score(None, reason="the engine failed on this completion")
+    if finish == "length":
+        return Score(0.0, reason="truncated")
+    return None if isinstance(text, str) and text.strip() else Score(0.0, reason="empty")
+
+
+def reward_many(task: Task, asked: Sequence[tuple[Prompt, str, Finish]]) -> list[Score]:
+    """The rewards of many completions, in their order: by the task's own `reward_many`, which a task may have so that a slow grader
+    is asked many things at once; else one by one.
+    """
+    many = getattr(task, "reward_many", None)
+    return many(asked) if many is not None else [task.reward(prompt, text, finish) for prompt, text, finish in asked]
 
 
 # ---- finding one -----------------------------------------------------------------------------------------------------
@@ -194,7 +219,7 @@ def split_number(key: str) -> int:
     return int.from_bytes(digest, "little")
 
 
-def check_task(task: Task, own_gold_only: bool = True) -> None:
+def check_task(task: Task, own_gold_only: bool = True, checked: int = CHECKED) -> None:
     """Gold scores 1, the empty completion 0, another row's gold 0; ids are unique and no training prompt is a test one.
 
     Raises:
@@ -204,7 +229,7 @@ def check_task(task: Task, own_gold_only: bool = True) -> None:
         if not prompts:
             raise KeelError(f"Task {task.name!r} has no {split} prompts. Expected at least one; give it more data.")
     _check_ids(task)
-    rows = _spread([*task.train, *task.test], CHECKED)
+    rows = _spread([*task.train, *task.test], checked)
     for prompt in rows:
         _check_gold(task, prompt)
         _expect(task, prompt, "", "the empty completion")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 
 from keel.errors import KeelError
-from keel.types import Completion, Group, Prompt, Score
+from keel.types import Completion, Finish, Group, Prompt, Score
 
-Reward = Callable[[Prompt, str, str], Score]
+Reward = Callable[[Prompt, str, Finish], Score]
+Asked = tuple[Prompt, str, Finish]
+RewardMany = Callable[[Sequence[Asked]], list[Score]]
 Generate = Callable[[Sequence[Prompt]], tuple[list[Prompt], list[Completion]]]
 
 
@@ -52,14 +55,28 @@ class Collected:
 
 
 def score_group(prompt: Prompt, completions: Sequence[Completion], reward: Reward) -> Group:
-    """Grade each completion. An engine's failure is unscorable; so is a reward that is not a finite number."""
-    return Group(prompt, tuple(completions), tuple(_score(prompt, c, reward) for c in completions))
+    """`score_groups` of one prompt."""
+    return score_groups([(prompt, completions)], one_by_one(reward))[0]
 
 
-def _score(prompt: Prompt, completion: Completion, reward: Reward) -> Score:
-    if completion.finish == "error":
-        return Score(None, reason=f"engine: {completion.error}")
-    score = reward(prompt, completion.text, completion.finish)
+def score_groups(answered: Sequence[tuple[Prompt, Sequence[Completion]]], reward_many: RewardMany) -> list[Group]:
+    """Grade all completions of all prompts at once. What the engine failed on is unscorable; so is a reward that is not finite."""
+    rows = [(prompt, c) for prompt, completions in answered for c in completions]
+    asked = [(prompt, c.text, c.finish) for prompt, c in rows if c.finish != "error"]
+    scores = reward_many(asked)
+    if len(scores) != len(asked):
+        raise KeelError(f"The task gave {len(scores)} scores for {len(asked)} completions. Expected one each, in their order.")
+    graded = iter(scores)
+    told = iter([Score(None, reason=f"engine: {c.error}") if c.finish == "error" else _finite(next(graded)) for _, c in rows])
+    return [Group(prompt, tuple(completions), tuple(islice(told, len(completions)))) for prompt, completions in answered]
+
+
+def one_by_one(reward: Reward) -> RewardMany:
+    """A reward of one completion as a reward of many."""
+    return lambda asked: [reward(prompt, text, finish) for prompt, text, finish in asked]
+
+
+def _finite(score: Score) -> Score:
     if score.value is not None and not np.isfinite(score.value):
         return Score(None, reason=f"reward: {score.value} is not a finite number")
     return score
@@ -71,6 +88,7 @@ def collect(
     reward: Reward,
     *,
     prompts: int,
+    reward_many: RewardMany | None = None,
     live_only: bool = False,
     max_rounds: int = 10,
 ) -> Collected:
@@ -78,6 +96,7 @@ def collect(
 
     Args:
         generate: prompts → the prompts as rendered, and all their completions.
+        reward_many: grades a whole round at once, in place of `reward`.
         live_only: dynamic sampling (DAPO, arXiv 2503.14476): keep only groups with right and wrong answers, judged by accuracy and
             never by the shaped reward, and sample on until the batch is full.
         max_rounds: rounds of sampling after which it gives up.
@@ -93,7 +112,7 @@ def collect(
         by_prompt: dict[str, list[Completion]] = {prompt.id: [] for prompt in asked}
         for completion in completions:
             by_prompt[completion.prompt_id].append(completion)
-        groups = [score_group(prompt, by_prompt[prompt.id], reward) for prompt in asked]
+        groups = score_groups([(prompt, by_prompt[prompt.id]) for prompt in asked], reward_many or one_by_one(reward))
         _refuse_all_unscorable(groups)
         fresh = [group for group in groups if group.live] if live_only else groups
         dropped += len(groups) - len(fresh)

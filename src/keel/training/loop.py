@@ -15,6 +15,7 @@ from torch import Tensor
 
 from keel.config import RunConfig
 from keel.diagnostics import measure, measure_routing
+from keel.diagnostics.parts import part_metrics
 from keel.models.lora import plain_copy, reference, started_from_zero
 from keel.models.policy import Policy
 from keel.models.routing import check_recorded, check_replayable
@@ -176,7 +177,7 @@ def _rollout_metrics(trainer: Trainer, collected: Collected, seconds: float) -> 
         "tokens/batch": collected.generated_tokens,
         "tokens/total": trainer.tokens,
         "sampling/groups_dropped": collected.dropped,
-    }
+    } | part_metrics(collected.groups)
 
 
 def _with_log_probabilities(trainer: Trainer, batch: Batch) -> Batch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from keel.config import RunConfig
 from keel.models.policy import Policy
 from keel.rollout.engine import Engine, Seed, check_completions
-from keel.tasks.task import Task
+from keel.tasks.task import Task, reward_many
 from keel.training.buffer import Collected, PromptStream, collect
 from keel.types import Completion, Prompt
 
@@ -70,6 +71,7 @@ class Sampler:
             self.stream,
             self.task.reward,
             prompts=config.train.prompts_per_step * self.updates_per_batch,
+            reward_many=partial(reward_many, self.task),
             live_only=self.dynamic_sampling,
             max_rounds=config.train.dynamic_sampling_max_rounds,
         )
