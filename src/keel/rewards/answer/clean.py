@@ -44,7 +44,14 @@ _TRAILING = re.compile(r"(?<!\\right)(?<![.,;:!?\s])\s*[.]$")
 _TRAILING_SPACE = re.compile(r"(?:(?<!\\)\\[ ,;:!]?|~|\s)+$")
 _LEADING_EQUALS = re.compile(r"^=\s*(?=[^=\s])")
 _INLINE = re.compile(r"(?<!\\)\\[()]")
-_PROBABILITY = re.compile(r"^(Pr?|E|Var)\s*\(([^()]*)\)\s*=(?=[^=])")
+_PROBABILITY = re.compile(r"^(Pr|E|Var|[A-Za-z])(\^\{-1\}|'*)\s*\(([^()]*)\)\s*=(?=[^=])")
+_DERIVATIVE = re.compile(r"^\\frac\{d([a-z])\}\{d([a-z])\}\s*=(?=[^=])")
+_LENGTH = re.compile(
+    r"^(?:m?\\angle\s*|\\overline\s*|m)?(?:\{([A-Z]{2,3})\}|\|([A-Z]{2})\||([A-Z]{2,3}))\s*=(?=[^=A-Za-z]*(?:\\[a-z]+[^=A-Z]*)*$)"
+)
+_NAME = re.compile(r"^([A-Za-z]{4,}(?: [A-Za-z]+){0,3})\s*=(?=[^=])")
+_UNION = re.compile(r"(?<=[)\]])\s*U\s*(?=[(\[])")
+_TEMPERATURE = re.compile(r"(?:°|\bdegrees?)\s*(C|F)(?:elsius|ahrenheit)?\b", re.I)
 _PAIRED_DOLLAR = re.compile(r"(?<!\\)\$")
 
 _WORD = r"(?![A-Za-z])"
@@ -52,6 +59,7 @@ _REWRITES: list[tuple[re.Pattern[str], str]] = [
     (re.compile(pattern), new)
     for pattern, new in [
         (r"(?<=\d)\{,\}(?=\d{3})", ""),
+        (r"\\begin\{(?:align|aligned|equation|gather|split)\*?\}([^&\\]*)&?([^&]*)\\end\{\w+\*?\}", r"\1\2"),
         (r"\\left\s*\\\{\s*\\begin\{array\}\{[lcr]*\}(.*?)\\end\{array\}\s*\\right\s*\.", r"\\begin{cases}\1\\end{cases}"),
         (r"\\(?:left|right)\s*\.", ""),
         (r"\\(?:left|right|middle|[bB]ig{1,2}[lrm]?)(?=\s*(?:[(\[|<)\]>/]|\\[{}|]|\\[lr](?:vert|angle|floor|ceil|brace)))", ""),
@@ -59,7 +67,7 @@ _REWRITES: list[tuple[re.Pattern[str], str]] = [
         (r"(?<!\\)\\!", ""),
         (r"(?<!\\)\\[,;:> ]|\\(?:q?quad|enspace|thinspace|space)" + _WORD + "|(?<!^)~", " "),
         (
-            r"\\(?:text|textbf|textit|textrm|textsf|texttt|textnormal|mathrm|mathbf|mathit|mathsf|mbox|hbox|emph|bm|boldsymbol)\s*\{((?:[^{}]|\{[^{}]*\})*)\}",
+            r"\\(?:text|textbf|textit|textrm|textsf|texttt|textnormal|underline|mathrm|mathbf|mathit|mathsf|mbox|hbox|emph|bm|boldsymbol)\s*\{((?:[^{}]|\{[^{}]*\})*)\}",
             r" \1 ",
         ),
         (r"\\operatorname\*?\s*\{([^{}]*)\}", r" \1 "),
@@ -167,9 +175,24 @@ def clean(text: str) -> str:
             text = pattern.sub(new, text)
     text = _PERCENT.sub("%", text)
     text = _GROUPED.sub(lambda m: m[0].replace(" ", ""), text)
-    text = _PROBABILITY.sub(lambda m: m[1][0] + "_{" + re.sub(r"\W", "", m[2]) + "} =", text)
+    text = _named(_TEMPERATURE.sub(lambda m: "°" + m[1].upper(), _UNION.sub(r"\\cup ", text)))
     text = _MIXED.sub(r"(\1+\2/\3)", text)
     return unwrap(text)
+
+
+def _named(text: str) -> str:
+    """What an equation defines, as one symbol: f(x) = …, P(X=2) = …, AB = …, area = …."""
+    if "=" not in text:
+        return text
+    text = text.strip()
+    text = _PROBABILITY.sub(lambda m: f"{m[1][0]}_{{{_letters(m[2] + m[3])}}} =", text)
+    text = _DERIVATIVE.sub(r"D_{\1\2} =", text)
+    text = _LENGTH.sub(lambda m: f"L_{{{m[1] or m[2] or m[3]}}} =", text)
+    return _NAME.sub(lambda m: f"N_{{{_letters(m[1].lower())}}} =", text)
+
+
+def _letters(text: str) -> str:
+    return re.sub(r"\W", "", text.replace("'", "p")) or "0"
 
 
 def _as_fraction(match: re.Match[str]) -> str:

@@ -32,7 +32,7 @@ from keel.types import Score
 Kind = Literal["correct", "wrong", "unscorable"]
 _PLAIN = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?", re.ASCII)
 _THOUSANDS = re.compile(r"\d,\d{3}(?!\d)")
-_PROSE = re.compile(r"[A-Za-z]{2,}[^A-Za-z]+[A-Za-z]{2,}[^A-Za-z]+[A-Za-z]{2,}")
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 _HALF_TURN = ("/", ("c", "pi"), ("n", Fraction(180)))
 
 
@@ -148,13 +148,18 @@ def _number(text: str) -> int | Fraction:
 def _answer_in(answer: object, gold: _Reading) -> object:
     if not isinstance(answer, str) or len(answer) < 6:
         return answer
-    prose = not _PROSE.search(gold.text) and _PROSE.search(answer[:2000]) is not None
-    if not prose and not is_marked(answer):
+    if not (_prose(answer[:2000]) and not _prose(gold.text)) and not is_marked(answer):
         return answer
     found = find(answer)
     if found.answer is None:
         raise Unreadable(f"has none: {found.note}")
     return found.answer
+
+
+def _prose(text: str) -> bool:
+    """Whether a text is a sentence rather than a formula or a name."""
+    words = [word for word in _WORD.findall(text) if word not in ("or", "and")]
+    return len(words) > 2 or len(words) == 2 and bool({"is", "are", "was", "equals"} & set(words))
 
 
 def _read(text: str) -> _Reading:
@@ -217,7 +222,7 @@ def _value_of(found: Shape) -> None:
 
 def _is_text(text: str) -> bool:
     """Letters and digits without a formula's signs: a name, a date, a time."""
-    return bool(re.fullmatch(r"[\w\s.,:;'’/#&()-]+", text)) and bool(re.search(r"\w", text))
+    return bool(re.fullmatch(r"[\w\s.,:;'’/#&()-]+", text)) and bool(re.search(r"\w", text)) or "dots" in text
 
 
 def gold_problem(gold: object, workers: Workers | None = None) -> str:

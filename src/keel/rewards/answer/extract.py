@@ -15,14 +15,16 @@ LONGEST_TEXT = 2_000_000
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=[{])")
 _TAG = re.compile(r"<(answer|final_answer|final|result|solution)>", re.I)
 _SAYS = re.compile(
-    r"(?:^|(?<=[\s*_#>(]))(?:final |correct |my |the ){0,4}(?:answer|result|solution)s?\b[*_]*(?: (?:choice|option))?"
-    r"(?:\s*(?:is|are)\b\s*:?|\s*[:：]|\s*=(?!=))[*_]*",
-    re.I,
+    r"(?:^|(?<=[\s*_#>(]))(?:final |correct |my |the ){0,4}(?:answer|ans|result|solution)s?\b[*_]*(?: (?:choice|option))?"
+    r"(?:\s*(?:is|are)\b(?: therefore| thus)?\s*:?|\s*[:：]|\s*=(?!=)|\s+[-–—](?= ))[*_]*"
+    r"|^[#*_ \t]+(?:final )?(?:answer|result|solution)[*_: \t]*$",
+    re.I | re.M,
 )
+_REASON = re.compile(r",?\s+(?:since|because|as (?:desired|required|claimed|wanted)|which|where)\b.*", re.S)
 _HASHES = re.compile(r"^####[ \t]*\S", re.M)
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\n")
 _IS = re.compile(r"(?:\b(?:is|are|equals|get|gives|be|was|were)\b:?|(?<![<>!=])=(?!=))\s*(?=\S)")
-_WORDS = re.compile(r"[A-Za-z]{2,}")
+_WORDS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 
 
 class Extracted(NamedTuple):
@@ -129,7 +131,10 @@ def _said(text: str) -> list[_Found]:
             start += 1
         end = _sentence_end(text, start)
         if text[start:end].strip(" *_"):
-            found.append(_Found(match.start(), end, text[start:end].rstrip(" *_")))
+            said = _REASON.sub("", text[start:end].rstrip(" *_")).replace("**", "")
+            if found and end <= found[-1].end:
+                found.pop()  # "Answer: the answer is 5" says it once
+            found.append(_Found(match.start(), end, said))
     whole = text.rstrip()
     last = whole.rfind("\n") + 1
     if whole.startswith("####", last) and whole[last + 4 :].strip():
@@ -187,7 +192,8 @@ def inner(content: str) -> str:
     """A tag's or a line's content without the box in it."""
     boxes = _boxes(content)
     if not boxes:
-        return unwrap(content)
+        said = _said(content)
+        return unwrap(said[-1].content if said else content)
     parts = list(dict.fromkeys(unwrap(box.content) for box in boxes))
     return parts[0] if len(parts) == 1 else " or ".join(parts)
 
@@ -195,11 +201,11 @@ def inner(content: str) -> str:
 def _last_line(text: str) -> str | None:
     """The last line that is not empty: all of it, or, of a sentence, what follows its last "is" or "="."""
     line = text.rstrip().rsplit("\n", 1)[-1].strip()
-    if len(_WORDS.findall(line)) < 3 or not line:
-        return unwrap(line) or None
     spans = [m for m in re.finditer(r"\$([^$]+)\$|\\\((.+?)\\\)", line)] if len(line) < 5000 else []
     if spans and not re.search(r"[A-Za-z0-9]", line[spans[-1].end() :]) and len(_WORDS.findall(line[: spans[-1].start()])) > 0:
         return unwrap(spans[-1][1] or spans[-1][2])
+    if len(_WORDS.findall(line)) < 3:
+        return unwrap(line) or None
     found = list(_IS.finditer(line)) if len(line) < 5000 else []
     tail = unwrap(line[found[-1].end() :]) if found else ""
     return tail if tail and len(_WORDS.findall(tail)) < 3 else unwrap(line)

@@ -177,16 +177,8 @@ def _membership(left: Node, right: Node) -> Shape:
 
 
 def lone_name(node: Node) -> str:
-    """ "x" of x, "f" of f(x); "" of anything else."""
-    if node[0] == "s":
-        return node[1]
-    applied = (
-        node[0] == "*"
-        and len(node) == 3
-        and node[1][0] == node[2][0] == "s"
-        and node[1][1].rstrip("'") in ("f", "g", "h", "P", "p", "F", "G")
-    )
-    return f"{node[1][1]}({node[2][1]})" if applied else ""
+    """ "x" of x; "" of anything else. (f(x) = … is a symbol by now.)"""
+    return node[1] if node[0] == "s" else ""
 
 
 def _equation(sides: tuple[Node, ...]) -> Shape:

@@ -30,6 +30,8 @@ def parse(text: str, *, split_thousands: bool = False) -> Node:
     """
     if not text.strip():
         raise NotMath("nothing there")
+    if "\\frac{d}{d" in text:
+        raise Unsupported("a derivative")
     known = text in lexer.CONSTANTS or text in lexer.GREEK or set(text) <= lexer.VARIABLES
     if text.isalpha() and len(text) > 1 and not known:
         raise NotMath("a word")
@@ -308,8 +310,7 @@ class _Parser:
         known = {"frac": self.fraction, "sqrt": self.root, "binom": self.binomial, "begin": self.matrix,
         "emptyset": lambda: ("set", ()),
                  "mathbb": self.field, "lfloor": lambda: self.rounded("floor", "\\rfloor"),
-                 "lceil": lambda: self.rounded("ceil", "\\rceil"),
-                 "overline": self.conjugate}  # fmt: skip
+                 "lceil": lambda: self.rounded("ceil", "\\rceil")}  # fmt: skip
         if name not in known:
             self.at -= 1
             self.fail()
@@ -322,9 +323,6 @@ class _Parser:
     def binomial(self) -> Node:
         top = self.group()
         return ("f", "binomial", top, self.group())
-
-    def conjugate(self) -> Node:
-        raise Unsupported("\\overline")
 
     def field(self) -> Node:
         name = self.group()
@@ -375,7 +373,7 @@ class _Parser:
         if self.peek() in ("(", "[", "{"):
             opening = self.take()
             inside = self.statement()
-            self.take({"(": ")", "[": "]", "{": "}"}[opening])
+            self.take(*lexer.OPENERS[opening][:1])
             return inside[2] if inside[0] == "list" else (inside,)
         node = self.power()
         while self.kind() in ("num", "word") or self.kind() == "cmd" and self.peek()[1:] in {*lexer.GREEK, "pi", "frac", "sqrt"}:

@@ -74,6 +74,8 @@ MULTIPLIERS = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10
 _TAIL = re.compile(r"^(.*(?:[\d)}\]!|]|\\pi|\\infty))(\s*)((?:\\Omega|[A-Za-z°€£¥$¢µ])[A-Za-z°€£¥$¢µ.^{}\d\s*/-]*)$", re.S)
 _PIECE = re.compile(r"\s*(?:(per|/)|(\*)|(\\Omega|°[CF]?|[€£¥$¢]|[A-Za-zµ]+)\.?(?:\s*\^\s*\{?(-?\d)\}?)?)\s*")
 _PREFIX = re.compile(r"^([-+]?)\s*([$€£¥₹])\s*(?=[-+\d.\\(])")
+_SYMBOL = re.compile(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])|\^")
+_ADJECTIVES = frozenset("different distinct possible total more red blue green white black yellow whole US".split())
 _ANGLE = re.compile(r"sin|cos|tan|sec|csc|cot")
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _TAIL_LENGTH = 60
@@ -92,7 +94,9 @@ def split_unit(text: str) -> tuple[str, Unit | None]:
     if "°" in match[3] and _ANGLE.search(match[1]):  # the degrees of sin 30° are no unit of the sine
         return text, sign_unit
     lone = len(match[3].strip()) == 1 and match[3].strip().isalpha()
-    unit = None if lone and not match[2] else read_unit(match[3])
+    if lone and (not match[2] or _SYMBOL.search(match[1].rsplit("=", 1)[-1])):
+        return text, sign_unit
+    unit = read_unit(match[3])
     if unit is None:
         return text, sign_unit
     value = head + match[1]
@@ -116,6 +120,8 @@ def read_unit(text: str) -> Unit | None:
             sign = -1
         elif match[3] and match[3].lower() in _POWERS and power_next == 1 and position < len(text):
             power_next = _POWERS[match[3].lower()]
+        elif match[3] in _ADJECTIVES and position < len(text):
+            continue
         elif match[3]:
             power, power_next = power_next * int(match[4] or 1), 1
             if match[3] in MULTIPLIERS and sign == 1:
@@ -131,6 +137,7 @@ def _size(name: str) -> Fraction:
     if name in _COMPOUND:
         compound = read_unit(_COMPOUND[name])
         return compound.factor if compound else Fraction(1)
+    name = name.lower() if name not in _UNITS and len(name) > 3 else name
     return _UNITS[name][1] if name in _UNITS else Fraction(1)
 
 
@@ -140,6 +147,7 @@ def _multiply(dims: dict[str, int], name: str, power: int) -> bool:
         for base, inner in compound.dims if compound else ():
             dims[base] = dims.get(base, 0) + inner * power
         return True
+    name = name.lower() if name.lower() in _UNITS and len(name) > 3 else name
     base = _UNITS[name][0] if name in _UNITS else (name.rstrip("s") if name in _COUNTED else None)
     if base is None:
         return False

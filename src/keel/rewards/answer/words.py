@@ -14,6 +14,14 @@ _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 NUMBERS = {word: str(i) for i, word in enumerate(_SMALL)} | {
     word + (f" {_SMALL[i]}" if i else ""): str(10 * tens + i) for tens, word in enumerate(_TENS, 2) for i in range(10)
 }
+_PARTS = {"half": 2, "halve": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "eighth": 8, "tenth": 10}
+FRACTIONS = {
+    f"{word} {part}{s}": f"{i}/{size}"
+    for i, word in enumerate(_SMALL[:10])
+    for part, size in _PARTS.items()
+    for s in ("", "s")
+    if i
+}
 NAMED = {
     **dict.fromkeys(("no solution", "no solutions", "no real solution", "no real solutions", "empty set"), "\\emptyset"),
     **dict.fromkeys(("all real numbers", "all reals", "set of all real numbers", "real numbers"), "\\mathbb{R}"),
@@ -37,9 +45,12 @@ _OTHER_LETTER = re.compile(r"(?<![A-Za-z'])(?:[B-J]|\([A-Ja-j]\)|[A-Ja-j]\))(?![
 def named(text: str) -> str:
     """Mathematics for words that stand for it: "twelve" → "12", "no solution" → "\\emptyset"; else the text."""
     if _CLOCK.fullmatch(text):
-        return text.lower().replace(".", "")
+        return re.sub(r"[\s.]", "", text.lower())
     words = plain_text(text) if text[:1].isalpha() and len(text) < 60 else ""
-    return NUMBERS.get(words) or NAMED.get(words) or text
+    sign, _, rest = words.partition(" ")
+    if sign in ("negative", "minus") and (rest in NUMBERS or rest.isdigit()):
+        return "-" + NUMBERS.get(rest, rest)
+    return NUMBERS.get(words) or FRACTIONS.get(words) or NAMED.get(words) or text
 
 
 def letter(gold: str) -> str:
