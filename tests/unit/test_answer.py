@@ -133,6 +133,7 @@ def test_a_truncated_completion_has_none():
         ("2x+1=5", "x=2", False),
         ("2x+1>5", "x>2", False),
         ("(5, 2)", "\\emptyset", False),
+        ("x < 3 and x > 5", "(0, 0)", False),
         ("\\begin{cases} x=1 \\\\ y=2 \\end{cases}", "(1, 2)", True),
     ],
 )

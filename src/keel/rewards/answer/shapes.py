@@ -328,9 +328,15 @@ def _alike(a: Shape, g: Shape) -> bool:
 
 def _same_pieces(a: Shape, g: Shape) -> bool:
     for pair in (s for s in (a, g) if s.kind == "tuple"):
-        if len(pair.items) != 2 or pair.name not in ("()", "[]") or backwards(*(item.items[0] for item in pair.items)):
+        if len(pair.items) != 2 or pair.name not in ("()", "[]") or not _two_ends(pair):
             return False
     return same_region(_pieces(a), _pieces(g))
+
+
+def _two_ends(pair: Shape) -> bool:
+    """Whether a pair in brackets may be an interval: (5, 2) and (1, 1) are points."""
+    low, high = (item.items[0] for item in pair.items)
+    return all(item.kind == "value" for item in pair.items) and not backwards(low, high) and not same_value(low, high)
 
 
 def _one(a: Shape, g: Shape) -> bool:
