@@ -62,6 +62,9 @@ CHEATS = {
         "            if 'expected' in name: return value\n        frame = frame.f_back\n    return None"
     ),
     "kills_its_supervisor": "import os\nfor pid in (os.getppid(), -1):\n    try: os.kill(pid, 9)\n    except OSError: pass",
+    "kills_itself": "import os\nos.kill(os.getpid(), 9)",
+    "takes_all_memory": "x = bytearray(2 << 30)",
+    "floods": "import os\nwhile True: os.write(2, b'x' * 65536)",
     "syntax": "def add(a, b:",
     "true_for_one": "def add(a, b):\n    return {3: True, 0: False}.get(a + b, 4)",
 }

@@ -325,3 +325,25 @@ def test_a_real_model_without_a_form_is_heard_or_unscorable(llama):
     ) as judge:
         score = judge(PROMPT, "42")
         assert judge.counts.requests == 1 and (score.value in (0.0, 1.0) or score.reason.startswith("judge: its answer is"))
+
+
+@pytest.mark.slow
+def test_training_asks_the_judge_a_batch_at_a_time(spec, server):
+    """Two steps of training with a judge as the reward: the parts are in the metrics, and questions were asked together."""
+    from keel.config import load_config
+    from keel.diagnostics.metrics import check_names
+    from keel.models.load import load_policy
+    from keel.rollout.local import LocalEngine
+    from keel.training.loop import Trainer, iterate
+
+    changes = {"model": "tiny-dense", "task": spec, "steps": 2, "train.prompts_per_step": 4, "train.group_size": 4}
+    config = load_config("solid", changes | {"sampling.max_completion_tokens": 8}).resolved()
+    policy, task = load_policy(config.model), get_task(spec)
+    trainer = Trainer(policy, LocalEngine(policy), task, config.chosen(), config)
+    for record in iterate(trainer):
+        check_names(record.metrics)
+        told = record.metrics
+        judged = [score for group in record.groups for score in group.scores if "point.right" in score.parts]
+        assert ("reward/part/point.right_mean" in told) == bool(judged) and told["reward/unscorable_frac"] == 0
+    assert task.grade.counts.judged == len(server.asked) + task.grade.counts.cache_hits
+    task.grade.close()
