@@ -240,33 +240,29 @@ def gap(arguments: list[str]) -> int:
 
 # ── grade ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-COLUMNS = ("answer", "gold", "label", "prompt", "class")
-
 
 def grade(arguments: list[str]) -> int:
-    """grade the graders: keel grade answers.jsonl"""
+    """grade the graders: keel grade answers.jsonl; or train a tiny judge on its own errors: keel grade improve"""
+    if arguments[:1] == ["improve"]:
+        return _improve(arguments[1:])
+    from keel.grade.arguments import add_arguments, run_options
+
     parser = parser_of("grade", grade)
-    parser.add_argument(
-        "source", help="a JSONL of answers with gold answers, and labels (right or wrong, or a level) if there are any"
-    )
-    parser.add_argument(
-        "--grader", action="append", default=[], metavar="NAME", help="a grader, or file.py:function; may be repeated"
-    )
-    for role in COLUMNS:
-        parser.add_argument(f"--{role}", default="", metavar="COLUMN", help=f"the column of the {role} (default: guessed)")
-    parser.add_argument(
-        "--callers", type=int, default=0, help="threads that ask at once (default: one, or as many as the grader takes)"
-    )
-    parser.add_argument("--twice", action="store_true", help="ask everything twice, to see whether verdicts are stable")
-    parser.add_argument("--feature", action="append", default=[], metavar="COLUMN", help="a column that errors may depend on")
-    parser.add_argument("--group-size", type=int, default=8, help="of the training that is thought of (default: %(default)s)")
-    parser.add_argument("--markdown", default="", metavar="FILE", help="write a page, with a picture next to it")
+    add_arguments(parser)
+    return run_options(parser.parse_args(arguments))
+
+
+def _improve(arguments: list[str]) -> int:
+    """measure a tiny judge, mine its errors, train on them, measure again, and train a policy against both"""
+    parser = parser_of("grade improve", _improve)
+    parser.add_argument("--seeds", type=int, default=5, help="policies trained against each judge (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the judges")
+    parser.add_argument("--out", default="", metavar="FILE", help="write the numbers as JSON")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON on stdout")
     o = parser.parse_args(arguments)
-    from keel.grade.command import as_columns, run
+    from keel.grade.improve.command import run
 
-    shown = dict(callers=o.callers, twice=o.twice, features=o.feature, group_size=o.group_size)
-    return run(o.source, o.grader, as_columns(o), **shown, markdown=o.markdown, as_json=o.json)
+    return run(seeds=o.seeds, seed=o.seed, out=o.out, as_json=o.json)
 
 
 # ── data ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -274,56 +270,17 @@ def grade(arguments: list[str]) -> int:
 
 def data(arguments: list[str]) -> int:
     """look for faults in a data set, or build one: keel data check rows.jsonl; keel data build arithmetic:medium"""
-    commands = {"check": _check, "build": _build}
-    if not arguments or arguments[0] not in commands:
-        print("usage: keel data check SPEC …  or  keel data build SPEC …; `keel data check --help` says more.")
-        return 0 if arguments[:1] in ([], ["--help"], ["-h"]) else 2
-    return commands[arguments[0]](arguments[1:])
+    from keel.data.arguments import add_build_arguments, add_check_arguments, build_options, check_options
 
-
-def _check(arguments: list[str]) -> int:
-    """copies, leaks, gold that cannot be graded or is likely wrong, and what nobody or everybody solves"""
-    parser = parser_of("data check", _check)
-    parser.add_argument("spec", help="a task, or a JSONL or Parquet file")
-    parser.add_argument("--against", nargs="+", default=[], metavar="SPEC", help="what is evaluated on: no row may stand in it")
-    parser.add_argument(
-        "--samples", default="", metavar="RUN", help="a run folder or a JSONL of completions: pass rates, suspect gold"
-    )
-    parser.add_argument("--grader", default="", help="in place of the task's own")
-    parser.add_argument(
-        "--drop", nargs="+", default=[], metavar="FAULT", help="kinds of faults to drop rows for, besides the usual"
-    )
-    parser.add_argument("--keep", nargs="+", default=[], metavar="FAULT", help="kinds of faults not to drop rows for")
-    parser.add_argument("--out", default="", metavar="FILE", help="write the cleaned set, and what was dropped and why")
-    parser.add_argument("--json", action="store_true", help="print the findings as JSON on stdout")
-    o = parser.parse_args(arguments)
-    from keel.data.command import run_check
-
-    given = dict(against=o.against, samples=o.samples, grader=o.grader, also=o.drop, keep=o.keep)
-    return run_check(o.spec, **given, out=o.out, as_json=o.json)
-
-
-def _build(arguments: list[str]) -> int:
-    """candidates with verified gold, chosen by a model's pass rate and for diversity, with a card and an unselected control"""
-    parser = parser_of("data build", _build)
-    parser.add_argument("specs", nargs="+", help="tasks whose training prompts are candidates")
-    parser.add_argument("--out", required=True, metavar="FILE", help="the new JSONL")
-    parser.add_argument("--size", type=int, required=True, help="rows")
-    parser.add_argument("--model", default="tiny-dense", help="whose pass rates are measured (default: %(default)s)")
-    parser.add_argument("--pool", type=int, default=2000, help="candidates (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=8, help="completions of each (default: %(default)s)")
-    parser.add_argument("--low", type=float, default=0.1, help="smallest pass rate (default: %(default)s)")
-    parser.add_argument("--high", type=float, default=0.9, help="largest pass rate (default: %(default)s)")
-    parser.add_argument("--variations", action="store_true", help="also other wordings of the candidates")
-    parser.add_argument("--against", nargs="+", default=[], metavar="SPEC", help="what is evaluated on: no row may stand in it")
-    parser.add_argument("--minutes", type=float, default=20.0, help="at most (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="print the summary as JSON on stdout")
-    o = parser.parse_args(arguments)
-    from keel.data.command import run_build
-
-    chosen = dict(model=o.model, pool=o.pool, samples=o.samples, low=o.low, high=o.high, variations=o.variations)
-    return run_build(o.specs, out=o.out, size=o.size, **chosen, against=o.against, minutes=o.minutes, seed=o.seed, as_json=o.json)
+    commands = {"check": (add_check_arguments, check_options), "build": (add_build_arguments, build_options)}
+    name = arguments[0] if arguments else ""
+    if name not in commands:
+        print("usage: keel data check DATA …, or keel data build TASK …; `keel data check --help` says more")
+        return 0 if name in ("-h", "--help") else 2
+    add, run = commands[name]
+    parser = parser_of(f"data {name}", data)
+    add(parser)
+    return run(parser.parse_args(arguments[1:]))
 
 
 # ── study ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

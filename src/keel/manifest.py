@@ -39,13 +39,24 @@ def manifest(config: RunConfig, policy: Policy, task: Task, engine: Engine, reci
             "hash": checksum(policy.weights()),
         },
         "template": policy.template.describe(),
-        "task": {"name": task.name, "train": len(task.train), "test": len(task.test), "hash": task_hash(task)},
+        "task": {
+            "name": task.name,
+            "train": len(task.train),
+            "test": len(task.test),
+            "hash": task_hash(task),
+            "grader": _grader(task),
+        },
         "recipe": recipe.name,
         "objective": choices(recipe),
         "sampling": asdict(config.sampling.distribution()),
         "engine": engine.describe(),
         "derived": config.derived(),
     }
+
+
+def _grader(task: Task) -> str:
+    """The version of the task's grader, where it tells one: two versions may decide otherwise."""
+    return getattr(getattr(task, "grade", None), "version", "")
 
 
 def task_hash(task: Task) -> str:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -123,6 +126,31 @@ def test_a_run_that_is_always_killed_is_reported(tmp_path, monkeypatch):
     jobs = jobs_of(plan, plan.resolved_arms(), tmp_path / "out", 1)
     run_jobs(jobs, 1, lambda text: None)
     assert "killed twice" in jobs[0].failure
+
+
+def test_workers_end_with_a_study_that_is_killed(tmp_path):
+    file = tmp_path / "long.toml"
+    file.write_text('name = "long"\nquestion = "?"\n[base]\nsteps = 500\ntrain.prompts_per_step = 4\n[arms.only]\n')
+    command = [sys.executable, "-m", "keel", "study", str(file), "--out", str(tmp_path / "out"), "--seeds", "1", "--workers", "1"]
+    study = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    metrics = tmp_path / "out" / "only" / "0" / "metrics.jsonl"
+    _until(lambda: metrics.exists() and metrics.read_text().count("\n") > 2)
+    study.kill()
+    study.wait(10)
+
+    def still() -> bool:
+        before = metrics.stat().st_size
+        time.sleep(1.5)
+        return metrics.stat().st_size == before
+
+    _until(still)
+
+
+def _until(done, seconds=120.0):
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_a_folder_keeps_to_its_plan(tmp_path):

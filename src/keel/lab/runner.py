@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import multiprocessing.connection
+import os
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -53,7 +56,7 @@ def jobs_of(study: Study, arms: Sequence[Arm], out: Path, seeds: int, threads: i
 
 def folder_name(arm: str) -> str:
     """An arm's name as a folder."""
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in arm.replace(" · ", "+"))
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in arm.replace(" · ", "-"))
 
 
 def run_jobs(jobs: Sequence[Job], workers: int, say: Callable[[str], None]) -> None:
@@ -81,7 +84,7 @@ def run_jobs(jobs: Sequence[Job], workers: int, say: Callable[[str], None]) -> N
 def _in_pool(jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, bool]]:
     """(job, whether it was lost) as they end, until the pool is through or broken."""
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
     waiting: dict[Future, Job] = {}
     todo = iter(jobs)
     try:
@@ -106,6 +109,18 @@ def _in_pool(jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, bool]]:
                 yield job, False
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """A worker whose study was killed ends too; its run goes on from its checkpoint another time."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    if parent is not None:
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def run_one(settings: dict[str, Any]) -> str:

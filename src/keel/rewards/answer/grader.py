@@ -38,6 +38,11 @@ class AnswerGrader:
     def __call__(self, prompt: Prompt, text: str) -> Score:
         return self.grade(text, prompt.answer).score
 
+    @property
+    def version(self) -> str:
+        """For the manifest."""
+        return answer_grader_version()
+
     def grade(self, text: object, gold: str, truncated: bool = False) -> Verdict:
         """The verdict on one completion; a truncated one is wrong, whatever stands in it."""
         found = find(text, truncated=truncated) if isinstance(text, str) else None
