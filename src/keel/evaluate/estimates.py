@@ -4,10 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from keel.errors import KeelError
 
 Z95 = 1.959963984540054  # standard normal quantile of a two-sided 95 % interval
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def excludes(self, value: float) -> bool:
+        """Whether the value is none that these data are compatible with."""
+        return not self.low <= value <= self.high
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -67,3 +81,22 @@ def wilson(mean: float, tries: float | int, z: float = Z95) -> tuple[float, floa
     centre = (mean + z * z / (2 * tries)) / (1 + z * z / tries)
     half = z / (1 + z * z / tries) * math.sqrt(mean * (1 - mean) / tries + z * z / (4 * tries * tries))
     return max(0.0, min(mean, centre - half)), min(1.0, max(mean, centre + half))
+
+
+def t95(freedom: int) -> float:
+    """The two-sided 95 % point of Student's t."""
+    from scipy.stats import t  # takes its time to import
+
+    return float(t.ppf(0.975, freedom))
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """Mean of independent values, with its t interval: infinite ends for one value, NaN for none. What is no number is left out."""
+    known = [value for value in values if math.isfinite(value)]
+    if not known:
+        return Interval(math.nan, math.nan, math.nan)
+    n, mean = len(known), sum(known) / len(known)
+    if n == 1:
+        return Interval(mean, -math.inf, math.inf)
+    half = t95(n - 1) * math.sqrt(sum((value - mean) ** 2 for value in known) / (n - 1) / n)
+    return Interval(mean, mean - half, mean + half)

@@ -18,23 +18,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from keel.diagnostics.gap import OUTSIDE, chi_square, ess_frac, outside_frac, pearson, sequence_log_weight
+from keel.evaluate.estimates import Interval, t95
 from keel.objectives.kl import k3
 
 PROBABILITIES = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)
 ENTROPIES = (0.0, 0.01, 0.1, 0.5, 1.0, math.inf)  # nats
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean with its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    def excludes(self, value: float) -> bool:
-        """Whether the value is none that these data are compatible with."""
-        return not self.low <= value <= self.high
 
 
 @dataclass(frozen=True)
@@ -161,13 +149,6 @@ def clustered_mean(value: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], clust
         return Interval(mean, -math.inf, math.inf)
     half = t95(clusters - 1) * math.sqrt(clusters / (clusters - 1) * float(sums.square().sum())) / count
     return Interval(mean, mean - half, mean + half)
-
-
-def t95(freedom: int) -> float:
-    """The two-sided 95 % point of Student's t, by its expansion around the normal (to 1 % from 4 degrees of freedom on)."""
-    z = 1.959963984540054
-    terms = (z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
-    return sum(term / freedom**power for power, term in enumerate(terms))
 
 
 def explained_frac(gap: Float[Tensor, " N"], probability: Float[Tensor, " N"], classes: int = 10) -> float:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from keel.evaluate.estimates import wilson
+from keel.evaluate.estimates import Interval, wilson
 
 NAN = float("nan")
 
@@ -27,18 +27,6 @@ class Rate:
     mean: float
     low: float
     high: float
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A number with a 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    def excludes(self, value: float) -> bool:
-        return not self.low <= value <= self.high
 
 
 def rate(hit: Bool[np.ndarray, " N"], cluster: Sequence[str]) -> Rate:

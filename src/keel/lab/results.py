@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from keel.evaluate.estimates import mean_interval
 from keel.files import read_jsonl
 from keel.lab.runner import Job
 
@@ -71,17 +72,9 @@ def outcome(job: Job) -> Outcome:
     return Outcome(job.arm, job.seed, curve, sampler, numbers, job.failure)
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean with its 95 % t interval; infinite ends for one value. NaN where there is none."""
-    from scipy import stats
-
-    known = np.array([v for v in values if math.isfinite(v)])
-    if len(known) == 0:
-        return (math.nan,) * 3
-    if len(known) == 1:
-        return float(known[0]), -math.inf, math.inf
-    half = float(stats.t.ppf(0.975, len(known) - 1) * known.std(ddof=1) / math.sqrt(len(known)))
-    return float(known.mean()), float(known.mean()) - half, float(known.mean()) + half
+def _told(values: Sequence[float]) -> tuple[float, float, float]:
+    found = mean_interval(values)
+    return found.mean, found.low, found.high
 
 
 def table(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
@@ -99,9 +92,9 @@ def _row(arm: str, runs: Mapping[int, Outcome], first: Mapping[int, Outcome]) ->
         "runs": len(runs),
         "collapsed": sum(run.collapsed for run in runs.values()),
         "failed": sum(bool(run.failure) for run in runs.values()),
-        "pass@1": mean_interval([run.last for run in runs.values()]),
-        "sampler pass@1": mean_interval([run.last_sampler for run in runs.values()]),
-        "difference": mean_interval(paired),
-        "best": mean_interval([max((y for _, y in run.curve), default=math.nan) for run in runs.values()]),
-        **{name: mean_interval([run.numbers.get(name, math.nan) for run in runs.values()]) for name in sorted(names)},
+        "pass@1": _told([run.last for run in runs.values()]),
+        "sampler pass@1": _told([run.last_sampler for run in runs.values()]),
+        "difference": _told(paired),
+        "best": _told([max((y for _, y in run.curve), default=math.nan) for run in runs.values()]),
+        **{name: _told([run.numbers.get(name, math.nan) for run in runs.values()]) for name in sorted(names)},
     }

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 from keel.errors import KeelError
+from keel.evaluate.estimates import Interval, mean_interval
 from keel.files import json_of, write_atomically
 from keel.grade.improve.loop import Improved, Sizes, improve
-from keel.grade.rates import Interval
 
 
 def run(*, seeds: int = 5, seed: int = 0, out: str = "", as_json: bool = False) -> int:
@@ -37,15 +36,7 @@ def run(*, seeds: int = 5, seed: int = 0, out: str = "", as_json: bool = False) 
 
 def gain(found: Improved) -> Interval:
     """True pass@1 against the last judge minus that against the first, paired by seed, with a 95 % t interval."""
-    from scipy import stats
-
-    differences = [after - before for before, after in zip(found.before, found.after, strict=True)]
-    n, mean = len(differences), sum(differences) / len(differences)
-    if n == 1:
-        return Interval(mean, -math.inf, math.inf)
-    spread = math.sqrt(sum((d - mean) ** 2 for d in differences) / (n - 1) / n)
-    half = float(stats.t.ppf(0.975, n - 1)) * spread
-    return Interval(mean, mean - half, mean + half)
+    return mean_interval([after - before for before, after in zip(found.before, found.after, strict=True)])
 
 
 def told(found: Improved) -> str:
