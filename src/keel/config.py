@@ -65,6 +65,10 @@ class TrainSettings(Section):
         None, description="keep only groups with right and wrong answers, and sample on; none = the recipe's"
     )
     dynamic_sampling_max_rounds: int = Field(10, ge=1, description="rounds of sampling before a batch is given up")
+    curriculum: Literal["none", "pass_rate"] = Field(
+        "none",
+        description="pass_rate = prompts that are solved now and then come more often, never-solved and solved ones more rarely",
+    )
     bypass_old: bool = Field(
         False, description="take the engine's log-probabilities for logp_old: the ratio is π/μ, and no gap is left to correct"
     )
@@ -240,6 +244,7 @@ class RunConfig(Section):
         _refuse_stale_twice(self)
         _refuse_unheard_routing(self)
         _refuse_partial_alone(self)
+        _refuse_blind_curriculum(self)
         return self
 
     def chosen(self) -> Recipe:
@@ -387,6 +392,15 @@ def _refuse_partial_alone(config: RunConfig) -> None:
             f"train.partial_rollouts is true with train.max_staleness = {config.train.max_staleness} and engine.name = "
             f"{config.engine.name}. Expected a local engine that samples ahead: in turn no weights become newer meanwhile, and "
             "other engines take them between batches. Set train.max_staleness above 0 and engine.name = local."
+        )
+
+
+def _refuse_blind_curriculum(config: RunConfig) -> None:
+    if config.train.curriculum != "none" and config.train.max_staleness > 0:
+        raise KeelError(
+            f"train.curriculum is {config.train.curriculum} with train.max_staleness = {config.train.max_staleness}. A worker that "
+            "samples ahead keeps its own place in the data, and what it learned of pass rates would be lost on resuming. Expected "
+            "one of them."
         )
 
 

@@ -115,6 +115,19 @@ def test_partial_rollouts_need_a_local_engine_ahead(changes):
         config(**{"train.partial_rollouts": True} | changes)
 
 
+def test_a_curriculum_is_not_sampled_ahead():
+    with pytest.raises(KeelError, match="keeps its own place in the data"):
+        config(**{"train.curriculum": "pass_rate"})
+
+
+def test_a_run_with_a_curriculum_goes_on_as_if_it_had_never_stopped(tmp_path):
+    settings = {**TINY, "train.curriculum": "pass_rate", "evaluation.prompts": 4, "evaluation.samples": 1, "checkpoint.every": 2}
+    whole = keel.train("solid", quiet=True, out=str(tmp_path / "whole"), steps=4, **settings)
+    keel.train("solid", quiet=True, out=str(tmp_path / "cut"), steps=2, **settings)
+    cut = keel.resume(tmp_path / "cut", steps=4, quiet=True)
+    assert all(torch.equal(a, b) for a, b in zip(whole.policy.weights().values(), cut.policy.weights().values(), strict=True))
+
+
 def test_too_small_a_bound_is_refused():
     with pytest.raises(KeelError, match="Expected at least 3"):
         config(**{"train.updates_per_batch": 2, "train.max_staleness": 2})

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from keel.errors import KeelError
-from keel.training.buffer import PromptStream, collect, score_group
+from keel.training.buffer import CurriculumStream, PromptStream, collect, score_group
 from keel.types import Completion, Prompt, Score
 
 
@@ -101,3 +101,50 @@ def test_when_nothing_can_be_scored_it_says_why():
 def test_no_prompts_is_refused():
     with pytest.raises(KeelError, match="no training prompts"):
         PromptStream([], 0)
+
+
+# ---- a curriculum ----------------------------------------------------------------------------------------------------
+
+
+def rounds(stream, count, rightness):
+    """How often each prompt is asked in so many rounds of 4, when prompt i is right in `rightness(i)` of 4 samples."""
+    asked = []
+    generate = engine(lambda prompt, sample: prompt.answer if sample < rightness(int(prompt.answer)) else "no")
+    for _ in range(count):
+        collected = collect(generate, stream, exact, prompts=4)
+        asked += [int(group.prompt.answer) for group in collected.groups]
+    return asked
+
+
+def test_a_curriculum_asks_what_can_be_learned_from():
+    stream = CurriculumStream(prompts(30), seed=1)
+    asked = rounds(stream, 400, lambda i: (0, 2, 4)[i % 3])[600:]
+    share = [sum(i % 3 == kind for i in asked) / len(asked) for kind in range(3)]
+    assert share[1] > 1.5 * max(share[0], share[2]) and min(share) > 0.08  # none is given up
+    assert len({stream.take(4)[0].id for _ in range(20)}) == 20  # each time another instance
+
+
+def test_a_round_asks_no_prompt_twice_and_the_same_seed_asks_the_same():
+    first, second = (rounds(CurriculumStream(prompts(9), seed=2), 20, lambda i: i % 5) for _ in range(2))
+    assert first == second != rounds(CurriculumStream(prompts(9), seed=3), 20, lambda i: i % 5)
+    assert all(len(set(first[i : i + 4])) == 4 for i in range(0, 80, 4))
+
+
+def test_a_curriculum_goes_on_from_its_state():
+    whole, cut = CurriculumStream(prompts(30), seed=1), CurriculumStream(prompts(30), seed=1)
+    expected = rounds(whole, 40, lambda i: i % 5)
+    half = rounds(cut, 20, lambda i: i % 5)
+    later = CurriculumStream(prompts(30), seed=1, taken=cut.taken)
+    later.restore(cut.state())
+    assert half + rounds(later, 20, lambda i: i % 5) == expected
+
+
+def test_unscorable_completions_say_nothing_of_a_prompt():
+    stream = CurriculumStream(prompts(4), seed=0)
+    asked = stream.take(2)
+    stream.learn([score_group(p, [say(p, "x", s) for s in range(2)], lambda *a: Score(None, reason="?")) for p in asked])
+    assert stream.record.tries.sum() == 0
+
+
+def test_plain_streams_have_no_state():
+    assert PromptStream(prompts(3), 0).state() == {}

@@ -1,7 +1,7 @@
 """A pass-rate curriculum: prompts are drawn more often where right and wrong answers are both likely.
 
-Pure functions over three arrays: which prompts there are, and how often each was tried and solved. `train.curriculum` wires them
-into the stream of training prompts. Drawing by weight changes the objective to Σ w·J_p, with w following the policy; `importance`
+Pure functions over three arrays: which prompts there are, and how often each was tried and solved. `train.curriculum` asks for it
+(`training.buffer.CurriculumStream`). Drawing by weight changes the objective to Σ w·J_p, with w following the policy; `importance`
 is the factor on a prompt's advantages that changes it back.
 """
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from keel.data.curriculum import Record, draw, weights
 from keel.errors import KeelError
 from keel.types import Completion, Finish, Group, Prompt, Score
 
@@ -43,6 +46,51 @@ class PromptStream:
         self.taken += 1
         prompt = self.prompts[self._order[place]]
         return prompt if epoch == 0 else replace(prompt, id=f"{prompt.id}@{epoch}")
+
+    def learn(self, groups: Sequence[Group]) -> None:
+        """Hear what came of prompts that were taken; this order does not depend on it."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold besides `taken`."""
+        return {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take the state of a checkpoint."""
+
+
+class CurriculumStream(PromptStream):
+    """Training prompts by their pass rates so far: more often those where right and wrong answers are both likely.
+
+    A quarter of the draws is spread over all prompts alike. Within one round no prompt comes twice. What is maximised is Σ w·J_p,
+    with weights that follow the policy, and not the mean over prompts.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], seed: int, taken: int = 0):
+        super().__init__(prompts, seed, taken)
+        self.record, self._asked = Record.empty(len(prompts)), {}
+
+    def take(self, count: int) -> list[Prompt]:
+        index = draw(weights(self.record), count, self.seed, self.taken)
+        found = [replace(self.prompts[i], id=f"{self.prompts[i].id}@{self.taken + n}") for n, i in enumerate(index.tolist())]
+        self._asked = {prompt.id: i for prompt, i in zip(found, index.tolist(), strict=True)}
+        self.taken += count
+        return found
+
+    def learn(self, groups: Sequence[Group]) -> None:
+        """Count right answers among the scorable ones."""
+        scored = [[score.correct for score in group.scores if score.scorable] for group in groups]
+        index = np.array([self._asked[group.prompt.id] for group in groups], dtype=np.int64)
+        right, tries = (np.array([f(found) for found in scored], dtype=np.float64) for f in (sum, len))
+        self.record = self.record.updated(index, right, tries)
+
+    def state(self) -> dict[str, Tensor]:
+        return {"right": torch.from_numpy(self.record.right), "tries": torch.from_numpy(self.record.tries)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self.record = Record(state["right"].numpy().copy(), state["tries"].numpy().copy())
+
+
+STREAMS: dict[str, type[PromptStream]] = {"none": PromptStream, "pass_rate": CurriculumStream}
 
 
 @dataclass(frozen=True)
@@ -114,6 +162,7 @@ def collect(
             by_prompt[completion.prompt_id].append(completion)
         groups = score_groups([(prompt, by_prompt[prompt.id]) for prompt in asked], reward_many or one_by_one(reward))
         _refuse_all_unscorable(groups)
+        stream.learn(groups)
         fresh = [group for group in groups if group.live] if live_only else groups
         dropped += len(groups) - len(fresh)
         kept += fresh

@@ -25,7 +25,7 @@ from keel.rollout.engine import Engine
 from keel.tasks.task import Task
 from keel.training.ahead import Ahead
 from keel.training.batch import batch_from_groups, micro_batches
-from keel.training.buffer import Collected, PromptStream
+from keel.training.buffer import STREAMS, Collected
 from keel.training.rollouts import InTurn, Rollouts, Sampler
 from keel.training.step import accumulate_gradient, apply_gradient, learning_rate, look
 from keel.types import Batch, Group
@@ -67,7 +67,7 @@ class Trainer:
         if config.train.routing_replay != "none":
             check_replayable(policy.name, policy.base.config, policy.routing)
         self.sampling = config.sampling.distribution()
-        self.stream = PromptStream(task.train, config.seed)
+        self.stream = STREAMS[config.train.curriculum](task.train, config.seed)
         self.step = self.updates = self.batch = self.tokens = self.skipped = 0
         settings = config.train
         self.parameters = policy.parameters()
@@ -119,6 +119,7 @@ class Trainer:
                 tensors[f"optimizer.{name}.{key}"] = value
         held = getattr(self.engine, "held", {})  # an engine that is out of step on purpose goes on with the weights it has
         tensors |= {f"engine.{name}": tensor for name, tensor in held.items()}
+        tensors |= {f"stream.{name}": tensor for name, tensor in self.stream.state().items()}
         clocks = {k: getattr(self, k) for k in ("step", "updates", "batch", "tokens", "skipped")}
         return tensors, {**clocks, "prompts_taken": self.stream.taken, "version": self.engine.version} | (
             {"engine_behind": self.engine.behind} if held else {}
@@ -136,6 +137,7 @@ class Trainer:
         for name in ("step", "updates", "batch", "tokens", "skipped"):
             setattr(self, name, clocks[name])
         self.stream.taken = clocks["prompts_taken"]
+        self.stream.restore({name.removeprefix("stream."): t for name, t in tensors.items() if name.startswith("stream.")})
         self.close()
         held = {name.removeprefix("engine."): tensor for name, tensor in tensors.items() if name.startswith("engine.")}
         if held:
