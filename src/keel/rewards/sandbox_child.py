@@ -143,19 +143,25 @@ def _room(order: dict, root: str) -> str:
     """A root folder with the interpreter and the system's libraries, read-only, and a small /tmp: nothing else is there."""
     _mount("none", "/", "", RECURSIVE | PRIVATE)
     _mount("tmpfs", root, "tmpfs", NO_SUID | NO_DEVICES, "size=1m,mode=755")
-    for path in order["shown"]:
+    for name in ("tmp", "work"):
+        os.makedirs(f"{root}/{name}", exist_ok=True)
+    _mount("tmpfs", f"{root}/tmp", "tmpfs", NO_SUID | NO_DEVICES, f"size={order['file_mb']}m,mode=1777,nr_inodes=1024")
+    for path in order["shown"]:  # after /tmp, for an environment may stand below it
         _show(path, root)
     for device in ("null", "zero", "urandom"):
         _show(f"/dev/{device}", root)
-    for name in ("tmp", "work"):
-        os.makedirs(f"{root}/{name}", exist_ok=True)
     _write(order["files"], f"{root}/work")
-    attributes = (ctypes.c_uint64 * 4)(READ_ONLY, 0, 0, 0)
-    _must(_libc().syscall(MOUNT_SETATTR, -100, root.encode(), 0x8000, attributes, 32), "mount_setattr")
-    _mount("tmpfs", f"{root}/tmp", "tmpfs", NO_SUID | NO_DEVICES, f"size={order['file_mb']}m,mode=1777,nr_inodes=1024")
+    _set_attributes(root, RECURSIVELY, (READ_ONLY, 0, 0, 0))
+    _set_attributes(f"{root}/tmp", 0, (0, READ_ONLY, 0, 0))
     os.chroot(root)
     os.chdir("/tmp")
     return "/work"
+
+
+def _set_attributes(path: str, flags: int, change: tuple[int, int, int, int]) -> None:
+    """Of a mount: attributes to set, to clear, its propagation, and a user namespace."""
+    attributes = (ctypes.c_uint64 * 4)(*change)
+    _must(_libc().syscall(MOUNT_SETATTR, -100, path.encode(), flags, attributes, 32), f"mount_setattr {path}")
 
 
 def _show(path: str, root: str) -> None:
