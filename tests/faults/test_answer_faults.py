@@ -104,7 +104,7 @@ def test_a_worker_that_takes_too_long_is_replaced(workers):
     assert verdict.kind == "unscorable" and "too long" in verdict.reason
     assert time.monotonic() - begun < workers.bound + 1
     after = workers.pids
-    assert len(after) == 2 and len(set(after) - set(before)) == 1 and workers.killed == 1
+    assert len(after) == 3 and len(set(after) - set(before)) == 1 and workers.killed == 1
     workers.warm()
     assert equal("\\int_0^1 2x\\,dx", "1", workers).correct
 
@@ -116,23 +116,34 @@ def test_many_slow_ones_at_once_leave_the_pool_whole(workers):
         thread.start()
     for thread in threads:
         thread.join(timeout=60)
-    assert verdicts == ["unscorable"] * 4 and len(workers.pids) == 2
+    assert verdicts == ["unscorable"] * 4 and len(workers.pids) == 3
     workers.warm()
     assert workers.ask("\\sqrt{4}", "2")["same"]
 
 
-def test_a_worker_that_dies_is_replaced(workers):
-    for pid in workers.pids:
+def test_workers_that_died_while_idle_cost_no_answer(workers):
+    dead = workers.pids
+    for pid in dead:
         os.kill(pid, 9)
-    failed = 0
-    for _ in range(2):
-        try:
-            workers.ask("1", "1")
-        except Failed:
-            failed += 1
-    assert failed == 2 and len(workers.pids) == 2
-    workers.warm()
+    for process in workers._all:
+        process.process.wait(timeout=10)
+    assert all(workers.ask("1", "1")["same"] for _ in range(3))
+    assert len(workers.pids) == 3 and workers.killed == 3 and not set(workers.pids) & set(dead)
+
+
+def test_a_worker_that_dies_over_a_question_is_replaced(workers):
+    threading.Timer(0.5, lambda: [os.kill(pid, 9) for pid in workers.pids]).start()
+    with pytest.raises(Failed, match="ended the process"):
+        workers.ask(SLOW, "7")
     assert workers.ask("1", "1")["same"]
+
+
+def test_a_slow_start_is_not_held_against_the_question():
+    pool = Workers(count=1, bound=0.5)  # seconds: less than a process takes to start
+    try:
+        assert pool.ask("1", "1")["same"]
+    finally:
+        pool.close()
 
 
 def test_a_pool_works_from_any_thread(workers):

@@ -10,7 +10,7 @@ import pytest
 
 from keel.errors import KeelError
 from keel.rewards.code import CodeGrader, Printed, Returned, fenced, program_in, read_tests, same_value
-from keel.rewards.sandbox import Limits, Sandbox, available
+from keel.rewards.sandbox import Limits, Sandbox, _shown, available
 from keel.tasks.task import get_task
 from keel.types import Prompt
 
@@ -224,11 +224,13 @@ for address in (('127.0.0.1', {_listening()}), ('1.1.1.1', 53)):
     try:
         socket.create_connection(address, timeout=1); print('connected', address)
     except OSError: pass
-open('/tmp/mine', 'w').write('allowed'); print(os.listdir('/tmp'))
+open('/tmp/mine', 'w').write('allowed'); print(sorted(os.listdir('/tmp')))
 """)
     finally:
         del os.environ["KEEL_TEST_KEY"]
-    assert ran.output.decode().splitlines() == ["False False False []", "False 8", "['mine']"], (ran.output, ran.errors)
+    python = {Path(place).parts[2] for place in _shown(packages=False) if place.startswith("/tmp/")}  # an interpreter under /tmp
+    seen = [f"False False False {sorted(python)}", "False 8", str(sorted({"mine"} | python))]
+    assert ran.output.decode().splitlines() == seen, (ran.output, ran.errors)
 
 
 def _listening():

@@ -34,7 +34,7 @@ class _Process:
             [sys.executable, "-P", str(SCRIPT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             text=True, env={**os.environ, "PYTHONPATH": paths, "PYTHONHASHSEED": "0"}, start_new_session=True,
         )  # fmt: skip
-        self.born, self.ready, self.asked = time.monotonic(), False, 0
+        self.ready, self.asked = False, 0
         self.said: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self.reader = threading.Thread(target=self._read, name="keel-answer-reader", daemon=True)
         self.reader.start()
@@ -53,12 +53,16 @@ class _Process:
             raise Failed("ended the process that read it")
         return json.loads(line)
 
-    def ask(self, answer: str, gold: str, seconds: float) -> dict[str, Any]:
-        """Its answer to one question; a process that is still starting starts within the same seconds."""
-        until = time.monotonic() + seconds
+    def begin(self) -> None:
+        """Wait until the process has started."""
         if not self.ready:
-            self._next(seconds)
+            self._next(STARTING)
             self.ready = True
+
+    def ask(self, answer: str, gold: str, seconds: float) -> dict[str, Any]:
+        """Its answer to one question, within so many seconds from when the process is ready."""
+        self.begin()
+        until = time.monotonic() + seconds
         self.asked += 1
         question = json.dumps({"id": self.asked, "answer": answer, "gold": gold, "bound": seconds})
         try:
@@ -87,10 +91,11 @@ class _Process:
 
 
 class Workers:
-    """`count` processes that run math-verify, started with the first question. Safe to use from any number of threads.
+    """`count` processes that run math-verify and one to spare, started with the first question. Safe to use from any thread.
 
     A question that is not answered within its bound, or whose process dies, raises Failed; its process is killed and another one
-    takes its place. Waiting for one's turn is not part of the bound; waiting for a process to start is.
+    takes its place. Waiting for one's turn or for a process to start is not part of the bound: a busy machine is no reason to
+    call an answer unscorable. The one to spare is there so that the question after a killed one finds a process that has started.
 
     Args:
         count: processes.
@@ -113,7 +118,7 @@ class Workers:
                 self._all, self._free, self._owner = [], queue.SimpleQueue(), os.getpid()
             if not self._all:
                 require()
-                self._all = [_Process() for _ in range(self.count)]
+                self._all = [_Process() for _ in range(self.count + 1)]
                 for process in self._all:
                     self._free.put(process)
                 atexit.register(self.close)
@@ -121,11 +126,10 @@ class Workers:
     def warm(self) -> None:
         """Start, and wait until every process is ready."""
         self.start()
-        taken = [self._free.get() for _ in range(self.count)]
+        taken = [self._free.get() for _ in range(self.count + 1)]
         try:
             for process in taken:
-                if not process.ready:
-                    process.ask("1", "1", STARTING)
+                process.begin()
         finally:
             for process in taken:
                 self._free.put(process)
@@ -139,6 +143,8 @@ class Workers:
         self.start()
         free = self._free
         process = free.get()
+        if not process.alive:  # ended while nobody asked it: no fault of this question
+            process = self._replaced(process)
         try:
             said = process.ask(answer, gold, self.bound)
         except Failed:
