@@ -22,7 +22,7 @@ quickstart: $(VENV)/.with-core
 	@$(BIN)/keel train quickstart $(ARGS)
 
 test: $(VENV)/.with-tests
-	@env OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	@env OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 # vLLM is slow to import without its compiled files, and three processes import it
 test-vllm: $(VLLM)/.with-vllm
