@@ -274,3 +274,39 @@ def test_settings_of_a_data_set_reach_it():
     assert len(set(texts)) == len(texts) < 500  # of some 200 sums of two digits each is asked once
     again = get_task("reasoning_gym:chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=1", train_size=8, test_size=2)
     assert [p.text for p in again.train] == [p.text for p in task.train]
+
+
+# ---- errors on purpose, and halves of the held-out prompts -------------------------------------------------------------
+
+
+def test_a_noisy_task_errs_at_its_rates_in_training_and_nowhere_else():
+    task, true = get_task("noisy:arithmetic:medium?fpr=.3&fnr=.1"), get_task("arithmetic:medium")
+    wrong = [score.value for score in task.reward_many([(p, "A:0", "stop") for p in task.train[:4000]])]
+    right = [score.value for score in task.reward_many([(p, task.gold(p), "stop") for p in task.train[:4000]])]
+    assert sum(wrong) / 4000 == pytest.approx(0.3, abs=0.03) and sum(right) / 4000 == pytest.approx(0.9, abs=0.02)
+    assert all(task.reward(p, task.gold(p)) == true.reward(p, task.gold(p)) for p in task.test)
+    same = task.reward_many([(task.train[0], "A:0", "stop")] * 2000)
+    assert sum(score.correct for score in same) / 2000 == pytest.approx(0.3, abs=0.04)
+    assert task.reward(task.train[0], "A:0", "length").value == 0.0 and task.reward(task.train[0], " ").value == 0.0
+
+
+def test_a_coin_and_a_reward_turned_round():
+    coin, turned = (get_task(f"noisy:arithmetic:easy?fpr={rate}&fnr={rate}") for rate in (0.5, 1))
+    asked = [(p, coin.gold(p) if i % 2 else "A:0", "stop") for i, p in enumerate(coin.train)]
+    scores = [score.value for score in coin.reward_many(asked)]
+    assert abs(sum(scores[1::2]) - sum(scores[::2])) < 0.2 * len(scores[::2])
+    assert [score.value for score in turned.reward_many(asked)] == [float(i % 2 == 0) for i in range(len(asked))]
+
+
+@pytest.mark.parametrize("spec, named", [("noisy:arithmetic:easy?fpr=2", "between 0 and 1"), ("noisy:nothing", "Unknown task")])
+def test_noise_that_is_none(spec, named):
+    with pytest.raises(KeelError, match=named):
+        get_task(spec)
+
+
+def test_one_half_of_the_held_out_prompts_and_the_other():
+    first, whole = get_task("arithmetic:medium?test_size=64"), get_task("arithmetic:medium?test_size=128")
+    second = get_task("arithmetic:medium?test_size=128&skip_test=64")
+    assert [p.id for p in (*first.test, *second.test)] == [p.id for p in whole.test]
+    with pytest.raises(KeelError, match="skip_test"):
+        get_task("arithmetic:medium?test_size=64&skip_test=64")

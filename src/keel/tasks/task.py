@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any, Protocol, runtime_checkable
 from urllib.parse import parse_qsl
@@ -113,6 +113,7 @@ _HOMES = {
     "jsonl": "keel.tasks.table:jsonl",
     "parquet": "keel.tasks.table:parquet",
     "datasets": "keel.tasks.table:datasets",
+    "noisy": "keel.tasks.noisy:noisy",
 }
 _REGISTERED: dict[str, Factory] = {}
 
@@ -155,6 +156,9 @@ def get_task(spec: str, **options: Any) -> Task:
 def unchecked_task(spec: str, **options: Any) -> Task:
     """The same without its check: for looking at data that may be bad.
 
+    Every task takes the option `skip_test`: so many held-out prompts are left out from the front, so that one half can choose a
+    checkpoint and the other judge it.
+
     Raises:
         KeelError: no such task or variant, an option that it does not take, or data that cannot be read.
     """
@@ -167,8 +171,19 @@ def unchecked_task(spec: str, **options: Any) -> Task:
         )
     factory = _REGISTERED[name] if name in _REGISTERED else _import(_HOMES[name])
     chosen = {**dict(parse_qsl(query, keep_blank_values=True)), **options}
+    skipped = chosen.pop("skip_test", 0)
     _check_options(spec, factory, chosen)
-    return factory(variant, **chosen)
+    made = factory(variant, **chosen)
+    return _without_first(made, skipped) if skipped else made
+
+
+def _without_first(task: Task, skipped: int | str) -> Task:
+    if not isinstance(task, PromptTask) or not str(skipped).isdecimal() or int(skipped) >= len(task.test):
+        raise KeelError(
+            f"Task {task.name!r} with {len(task.test)} held-out prompts got skip_test={skipped!r}. Expected a number below that, "
+            "of a task that is two lists of prompts."
+        )
+    return replace(task, test=task.test[int(skipped) :])
 
 
 def _import(home: str) -> Factory:
