@@ -247,6 +247,8 @@ class _Session:
         if record.skipped:
             self.display.say(f"step {step} was skipped: the gradient of {record.skipped} was not finite; no weight changed")
         self.folder.add_rollouts(step, record.groups)
+        if record.traces:
+            self.folder.add_tokens(step, (trace.as_row() for trace in record.traces), config.record.tokens_mb * 1e6)
         self._write(step, metrics)
         if record.batch_ends and (last or _crossed(config.checkpoint.every, self.saved, step)):
             self._save()

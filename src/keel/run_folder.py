@@ -1,8 +1,8 @@
 """One run on disk: its resolved settings, where it came from, what was measured, what was said, and what it came to.
 
 config.toml, manifest.json, metrics.jsonl (one object per optimizer step; step 0 is the evaluation before),
-rollouts.jsonl (one per completion), summary.json, curves.png, checkpoints/. A folder appears with its config and
-manifest in it, or not at all.
+rollouts.jsonl (one per completion), tokens.jsonl (single tokens of a few completions), summary.json, curves.png,
+checkpoints/. A folder appears with its config and manifest in it, or not at all.
 """
 
 from __future__ import annotations
@@ -81,6 +81,10 @@ class RunFolder:
         return self.path / "rollouts.jsonl"
 
     @property
+    def tokens(self) -> Path:
+        return self.path / "tokens.jsonl"
+
+    @property
     def curves(self) -> Path:
         return self.path / "curves.png"
 
@@ -104,11 +108,16 @@ class RunFolder:
         """What was asked, said and graded in the batch whose first update was `step`."""
         append_jsonl(self.rollouts, (row for group in groups for row in _rollout_rows(step, group)))
 
+    def add_tokens(self, step: int, traces: Iterable[Mapping[str, Any]], most_bytes: float) -> None:
+        """Single tokens of completions as the update `step` saw them; none any more once the file has reached its size."""
+        if not self.tokens.exists() or self.tokens.stat().st_size < most_bytes:
+            append_jsonl(self.tokens, ({"step": step, **trace} for trace in traces))
+
     def cut_back(self, step: int) -> None:
         """Forget everything after `step`, and lines that a killed process left unfinished: the run goes on from
         there.
         """
-        for path in (self.metrics, self.rollouts):
+        for path in (self.metrics, self.rollouts, self.tokens):
             cut_jsonl(path, step)
 
     def rewrite_config(self, config: RunConfig) -> None:

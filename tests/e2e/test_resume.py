@@ -20,7 +20,8 @@ def command(folder, rows, recipe):
         *KEEL, "train", recipe, "--task", f"jsonl:{rows}?prompt=question&answer=gold", "--out", str(folder), "--steps", str(STEPS),
         "--train.prompts_per_step", "4", "--train.group_size", "4", "--train.lr", "1e-3", "--train.warmup_steps", "5",
         "--train.updates_per_batch", "2", "--train.dynamic_sampling", "false", "--sampling.max_completion_tokens", "14",
-        "--checkpoint.every", "2", "--evaluation.every", "6", "--evaluation.prompts", "2", "--evaluation.samples", "2",
+        "--checkpoint.every", "2", "--record.tokens_every", "2", "--evaluation.every", "6",
+        "--evaluation.prompts", "2", "--evaluation.samples", "2",
     ]  # fmt: skip
 
 
@@ -61,7 +62,7 @@ def told(folder):
     tensors = {name: value.numpy().tobytes() for name, value in load_file(newest / "tensors.safetensors").items()}
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     metrics = [{k: v for k, v in row.items() if not k.startswith("time/")} for row in metrics]
-    return tensors, metrics, (folder / "rollouts.jsonl").read_text()
+    return tensors, metrics, (folder / "rollouts.jsonl").read_text(), (folder / "tokens.jsonl").read_text()
 
 
 @pytest.mark.parametrize("recipe", ["solid", "grpo"])
@@ -74,3 +75,5 @@ def test_killed_twice_and_resumed(tmp_path, rows, recipe):
     for whole, resumed in zip(told(tmp_path / "whole"), told(broken), strict=True):
         assert resumed == whole
     assert len(told(broken)[1]) == STEPS + 1
+    steps = [json.loads(line)["step"] for line in told(broken)[3].splitlines()]
+    assert steps == [1] * 4 + [2] * 4 + [5] * 4 + [6] * 4 + [9] * 4 + [10] * 4 + [13] * 4 + [14] * 4  # every other batch of two

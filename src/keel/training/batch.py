@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from keel.types import Batch, Completion, Group
+from keel.types import Batch, Completion, Group, Prompt, Score
 
 
 def batch_from_groups(groups: Sequence[Group]) -> Batch:
@@ -17,12 +17,7 @@ def batch_from_groups(groups: Sequence[Group]) -> Batch:
 
     Trained tokens are those that the policy sampled, of completions that could be scored.
     """
-    rows = [
-        (index, group.prompt, completion, score)
-        for index, group in enumerate(groups)
-        for completion, score in zip(group.completions, group.scores, strict=True)
-        if completion.finish != "error" and len(completion.token_ids) > 0
-    ]
+    rows = list(members(groups))
     prompts = [torch.tensor(prompt.token_ids) for _, prompt, _, _ in rows]
     completions = [completion for _, _, completion, _ in rows]
     scores = [score for _, _, _, score in rows]
@@ -46,6 +41,14 @@ def batch_from_groups(groups: Sequence[Group]) -> Batch:
         kept=kept,
         experts_rollout=_experts(completions, [len(p) for p in prompts]),
     )
+
+
+def members(groups: Sequence[Group]) -> Iterator[tuple[int, Prompt, Completion, Score]]:
+    """Who becomes which row of the batch: (place of the group, prompt, completion, score)."""
+    for index, group in enumerate(groups):
+        for completion, score in zip(group.completions, group.scores, strict=True):
+            if completion.finish != "error" and len(completion.token_ids) > 0:
+                yield index, group.prompt, completion, score
 
 
 def _experts(completions: Sequence[Completion], prompt_lengths: Sequence[int]) -> Int[Tensor, "B L layers k"] | None:

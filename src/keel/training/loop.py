@@ -28,6 +28,7 @@ from keel.training.batch import batch_from_groups, micro_batches
 from keel.training.buffer import STREAMS, Collected
 from keel.training.rollouts import InTurn, Rollouts, Sampler
 from keel.training.step import accumulate_gradient, apply_gradient, learning_rate, look
+from keel.training.tokens import TokenTrace, groups_to_trace, trace
 from keel.types import Batch, Group
 
 
@@ -41,6 +42,7 @@ class StepRecord:
         groups: of the rollout batch, on its first update; empty on later updates of the same batch.
         batch_ends: whether the next step samples anew, and the trainer's state can be saved.
         skipped: name of the tensor whose gradient was not finite; "" for a normal step.
+        traces: single tokens of a few completions, in batches where the settings ask for them.
     """
 
     step: int
@@ -48,6 +50,7 @@ class StepRecord:
     groups: Sequence[Group] = field(default=(), repr=False)
     batch_ends: bool = True
     skipped: str = ""
+    traces: Sequence[TokenTrace] = field(default=(), repr=False)
 
 
 class Trainer:
@@ -161,15 +164,18 @@ def iterate(trainer: Trainer) -> Iterator[StepRecord]:
         batch = _with_log_probabilities(trainer, batch_from_groups(collected.groups))
         prepared = trainer.objective.prepare(batch, trainer.sampling.max_completion_tokens)
         groups: Sequence[Group] = collected.groups
+        wanted = groups_to_trace(trainer.config.record, trainer.batch, len(collected.groups))
         updates = _updates(batch, trainer.updates_per_batch)[: trainer.config.steps - trainer.step]
         for number, rows in enumerate(updates, start=1):
-            metrics, skipped = _update(trainer, batch.rows(rows), prepared.rows(rows))
+            part = batch.rows(rows), prepared.rows(rows)
+            metrics, skipped, seen = _update(trainer, *part)
+            traces = trace(trainer.policy.tokenizer, collected.groups, wanted, rows, *part, *seen) if wanted else ()
             ends = number == len(updates)
             if ends:
                 trainer.batch += 1
                 trainer.rollouts.publish(trainer.policy.weights(), trainer.step)
             now = time.perf_counter()
-            yield StepRecord(trainer.step, rollout | metrics | {"time/step_s": now - start}, groups, ends, skipped)
+            yield StepRecord(trainer.step, rollout | metrics | {"time/step_s": now - start}, groups, ends, skipped, traces)
             start, groups, rollout = time.perf_counter(), (), {}
 
 
@@ -216,8 +222,10 @@ def _updates(batch: Batch, updates: int) -> list[Tensor]:
     return [torch.isin(batch.group, part).nonzero()[:, 0] for part in torch.tensor_split(groups, updates)]
 
 
-def _update(trainer: Trainer, batch: Batch, prepared: Prepared) -> tuple[dict[str, float], str]:
-    """One optimizer step on these rows: its metrics, and the name of a tensor whose gradient was not finite ("" if none)."""
+def _update(trainer: Trainer, batch: Batch, prepared: Prepared) -> tuple[dict[str, float], str, tuple[Tensor, Tensor]]:
+    """One optimizer step on these rows: its metrics, the name of a tensor whose gradient was not finite ("" if none), and the
+    log-probabilities and entropies [B, T] that its loss saw.
+    """
     begin = time.perf_counter()
     config, objective = trainer.config, trainer.objective
     counts = objective.counts(batch, prepared, trainer.sampling.max_completion_tokens)
@@ -242,7 +250,7 @@ def _update(trainer: Trainer, batch: Batch, prepared: Prepared) -> tuple[dict[st
     }
     if gradient.experts is not None:
         metrics |= measure_routing(batch, prepared, gradient.experts, trainer.policy.routing.experts)
-    return metrics, applied.non_finite
+    return metrics, applied.non_finite, (gradient.logp, gradient.entropy)
 
 
 def _reference(policy: Policy) -> Callable[[], AbstractContextManager[Policy]]:

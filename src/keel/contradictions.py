@@ -1,0 +1,110 @@
+"""Settings that contradict one another, each refused in a paragraph: impossible combinations do not construct."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from keel.errors import KeelError
+
+if TYPE_CHECKING:
+    from keel.config import RunConfig
+    from keel.objectives.recipes import Recipe
+
+
+def refuse_contradictions(config: RunConfig) -> None:
+    """Look at a whole configuration.
+
+    Raises:
+        KeelError: two of its settings cannot stand together.
+    """
+    for refuse in REFUSALS:
+        refuse(config)
+
+
+def _refuse_lone_completions(config: RunConfig) -> None:
+    recipe = config.chosen()
+    if config.train.group_size == 1 and _silent_alone(recipe):
+        raise KeelError(
+            f"train.group_size is 1, and recipe {config.recipe!r} compares the completions of one prompt with each "
+            "other: a group of one has no baseline, so every advantage would be 0 or undefined. Expected a group of "
+            "at least 2. Set train.group_size = 8, or take a recipe whose baseline is the batch (`keel papers` lists "
+            "them)."
+        )
+
+
+def _silent_alone(recipe: Recipe) -> bool:
+    """Whether a right and a wrong completion, each alone in its group, both get advantage 0: asked of the advantage
+    itself.
+    """
+    import torch
+
+    from keel.objectives.signals import Scored
+
+    reward, alone, true = torch.tensor([0.0, 1.0]), torch.tensor([0, 1]), torch.tensor([True, True])
+    scored = Scored(reward, alone, true, true[:, None])
+    return not bool(recipe.objective.advantage(reward[:, None], scored).any())
+
+
+def _refuse_idle_corrections(config: RunConfig) -> None:
+    idle = [type(c).__name__ for c in config.chosen().objective.corrections if type(c).__name__ != "OffPolicyMask"]
+    if config.train.bypass_old and idle:
+        raise KeelError(
+            f"train.bypass_old is true, and the objective corrects the engine gap by {', '.join(idle)}. Without a logp_old of the "
+            "trainer's own there is no gap to see: every weight would be 1. Expected one or the other: bypass_old with a clip on "
+            "π/μ, or corrections of π_old/μ (decoupled)."
+        )
+
+
+def _refuse_stale_twice(config: RunConfig) -> None:
+    if config.engine.sync_every > 1 and config.train.max_staleness > 0:
+        raise KeelError(
+            f"engine.sync_every is {config.engine.sync_every} and train.max_staleness is {config.train.max_staleness}: both make "
+            "old weights sample. Expected one: sync_every skips syncs while sampling in turn, max_staleness samples ahead."
+        )
+
+
+def _refuse_unheard_routing(config: RunConfig) -> None:
+    engine = config.engine
+    if config.train.routing_replay == "R3" and engine.name == "vllm" and not engine.routed_experts:
+        raise KeelError(
+            "train.routing_replay is R3, which replays the engine's experts, and engine.routed_experts is false: vLLM would not "
+            "say which they were. Set engine.routed_experts = true, or replay the trainer's own (R2)."
+        )
+
+
+def _refuse_partial_alone(config: RunConfig) -> None:
+    if config.train.partial_rollouts and (config.train.max_staleness == 0 or config.engine.name != "local"):
+        raise KeelError(
+            f"train.partial_rollouts is true with train.max_staleness = {config.train.max_staleness} and engine.name = "
+            f"{config.engine.name}. Expected a local engine that samples ahead: in turn no weights become newer meanwhile, and "
+            "other engines take them between batches. Set train.max_staleness above 0 and engine.name = local."
+        )
+
+
+def _refuse_blind_curriculum(config: RunConfig) -> None:
+    if config.train.curriculum != "none" and config.train.max_staleness > 0:
+        raise KeelError(
+            f"train.curriculum is {config.train.curriculum} with train.max_staleness = {config.train.max_staleness}. A worker that "
+            "samples ahead keeps its own place in the data, and what it learned of pass rates would be lost on resuming. Expected "
+            "one of them."
+        )
+
+
+def _refuse_no_room_ahead(config: RunConfig) -> None:
+    stale, updates = config.train.max_staleness, config.resolved_updates()
+    if 0 < stale < 2 * updates - 1:
+        raise KeelError(
+            f"train.max_staleness is {stale} with {updates} updates a batch. A batch that is sampled while another one is learned "
+            f"is {2 * updates - 1} versions old at its last update. Expected at least {2 * updates - 1}, or 0 for sampling in turn."
+        )
+
+
+REFUSALS = (
+    _refuse_lone_completions,
+    _refuse_no_room_ahead,
+    _refuse_idle_corrections,
+    _refuse_stale_twice,
+    _refuse_unheard_routing,
+    _refuse_partial_alone,
+    _refuse_blind_curriculum,
+)
