@@ -81,7 +81,7 @@ def test_a_varied_budget_is_said():
 @pytest.mark.parametrize("quick", [True, False])
 def test_shipped_studies_construct(name, quick):
     made = load_study(name)
-    assert made.name == name and made.resolved_arms(quick) and made.question and made.prediction
+    assert made.name == name and made.resolved_arms(quick) and made.question and (made.prediction or made.predictions)
 
 
 KILLER = """

@@ -31,7 +31,7 @@ def run(
         return 0
     study = load_study(source)
     arms = study.resolved_arms(quick)
-    count = seeds or (study.quick_seeds if quick else study.seeds)
+    count = study.seeds_for(seeds, quick)
     place = Path(out or f"runs/study-{study.name}{'-quick' if quick else ''}")
     jobs = jobs_of(study, arms, place, count)
     if plan_only or not as_json:

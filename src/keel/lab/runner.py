@@ -18,6 +18,7 @@ from typing import Any
 
 from keel.errors import KeelError
 from keel.files import json_of, write_atomically
+from keel.lab.predictions import Prediction
 from keel.lab.study import Arm, Study
 
 FAILED = "failed.txt"
@@ -146,18 +147,35 @@ def _record(job: Job, failure: str) -> None:
     write_atomically(job.out.with_name(f"{job.out.name}.{FAILED}"), failure)
 
 
-def write_plan(study: Study, arms: Sequence[Arm], jobs: Sequence[Job], out: Path) -> None:
+def write_plan(study: Study, arms: Sequence[Arm], jobs: Sequence[Job], out: Path) -> tuple[Prediction, ...]:
     """Put the plan of a study into its folder, or see that it is the one that is there.
+
+    More seeds and further predictions are welcome. Which predictions stood there before the first run is kept in the plan.
+
+    Returns:
+        The predictions that were written before the first run.
 
     Raises:
         KeelError: the folder holds another plan.
     """
-    plan = {"study": study.model_dump(mode="json"), "arms": {arm.name: arm.changes for arm in arms}, "runs": len(jobs)}
-    place, text = out / "study.json", ""
+    place = out / "study.json"
     out.mkdir(parents=True, exist_ok=True)
-    if place.exists():
-        text = place.read_text(encoding="utf-8")
-        before = json.loads(text)
-        if before["study"] | {"seeds": 0} != plan["study"] | {"seeds": 0}:
-            raise KeelError(f"{out} holds runs of another plan of {study.name!r}. Expected a new folder: name one by --out.")
+    before = json.loads(place.read_text(encoding="utf-8")) if place.exists() else None
+    if before is not None and _fixed(Study(**before["study"])) != _fixed(study):
+        raise KeelError(f"{out} holds runs of another plan of {study.name!r}. Expected a new folder: name one by --out.")
+    begun = before is not None and any(job.out.exists() or job.failure for job in jobs)
+    early = before.get("registered", before["study"].get("predictions", [])) if begun else study.model_dump()["predictions"]
+    registered = tuple(Prediction(**each) for each in early)
+    plan = {
+        "study": study.model_dump(mode="json"),
+        "arms": {arm.name: arm.changes for arm in arms},
+        "runs": len(jobs),
+        "registered": [each.model_dump(mode="json") for each in registered],
+    }
     write_atomically(place, json_of(plan))
+    return registered
+
+
+def _fixed(study: Study) -> Study:
+    """What must not change once a study has runs."""
+    return study.model_copy(update={"seeds": 1, "quick_seeds": 1, "predictions": (), "confirm": False})

@@ -22,10 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from keel.config import RunConfig, Section
 from keel.errors import KeelError, nearest
+from keel.lab.predictions import Prediction
 from keel.settings import dotted, explain, merged, nested, read_toml
 
 BUDGET = ("completions_total", "completion_tokens_total_at_most", "completions_per_evaluation")
@@ -50,6 +51,15 @@ class Arm:
         return self.config.replaced({"seed": seed, "out": str(out), "train.threads": threads})
 
 
+class Collapse(Section):
+    """When a run counts as collapsed: at the first evaluation from which on so many in a row, or all that are left, lie below a
+    share of the best before them; or at the first that is no number. A run that fails has collapsed too.
+    """
+
+    share: float = Field(0.5, gt=0, lt=1, description="of the run's own best so far")
+    evaluations: int = Field(2, ge=1, description="in a row below it; at the end of a run fewer are enough")
+
+
 class Study(Section):
     """A study as its file has it.
 
@@ -61,7 +71,11 @@ class Study(Section):
     question: str = Field(description="in one sentence")
     source: str = Field("", description="where the question comes from")
     prediction: str = Field("", description="what is expected, written before the first run")
+    predictions: tuple[Prediction, ...] = Field((), description="what is expected, each to be judged")
     seeds: int = Field(5, ge=1, description="runs of each arm")
+    confirm: bool = Field(False, description="whether verdicts are meant to be final: refused with fewer than `confirm_seeds`")
+    confirm_seeds: int = Field(10, ge=10, description="seeds from which on a verdict is more than a hint")
+    collapse: Collapse = Field(default_factory=Collapse, description="when a run counts as collapsed")
     varies_budget: bool = Field(False, description="whether arms may differ in what they sample")
     base: dict[str, Any] = Field(default_factory=dict, description="settings of all arms")
     quick: dict[str, Any] = Field(default_factory=dict, description="settings of a quick look, on top of the base")
@@ -74,6 +88,26 @@ class Study(Section):
             super().__init__(**data)
         except ValidationError as found:
             raise KeelError(explain(found, Study)) from None
+
+    @field_validator("predictions", mode="before")
+    @classmethod
+    def _read(cls, given: Any) -> Any:
+        return [Prediction(**each) if isinstance(each, dict) else each for each in given] if isinstance(given, list) else given
+
+    def seeds_for(self, wanted: int | None = None, quick: bool = False) -> int:
+        """Runs of each arm.
+
+        Raises:
+            KeelError: the study means to confirm, and these are fewer than that takes.
+        """
+        count = wanted or (self.quick_seeds if quick else self.seeds)
+        if self.confirm and not quick and count < self.confirm_seeds:
+            raise KeelError(
+                f"Study {self.name!r} means to confirm its predictions with {count} seeds. Expected {self.confirm_seeds} or more: "
+                f"with few seeds chance decides too often. Set seeds = {self.confirm_seeds}, or confirm = false, and read the "
+                "verdicts as hints."
+            )
+        return count
 
     def overlays(self) -> dict[str, dict[str, Any]]:
         """The settings of each arm that differ from the base, by the arm's name."""
@@ -91,8 +125,11 @@ class Study(Section):
 
     def resolved_arms(self, quick: bool = False) -> list[Arm]:
         """Every arm with its whole configuration, checked."""
+        self.seeds_for(quick=quick)
         base = merged(self.base, self.quick if quick else {})
         arms = [Arm(name, changes, _config(self.name, name, base, changes)) for name, changes in self.overlays().items()]
+        for prediction in self.predictions:
+            prediction.check([arm.name for arm in arms])
         if not self.varies_budget:
             _check_budgets(self.name, arms)
         return arms

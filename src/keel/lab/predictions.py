@@ -1,0 +1,98 @@
+"""What a study expects, as data that is written before its runs.
+
+    [[predictions]]
+    says = "clip-higher keeps more entropy than clip"
+    arm = "clip-higher"
+    against = "clip"                 # default: the first arm; "start" = its own first value
+    metric = "policy/entropy_nats"   # default "eval/pass@1"; any name in metrics.jsonl
+    at = "end"
+    expect = "higher"                # or lower, or equal
+    margin = 0.02                    # smallest difference that matters
+
+How each is judged stands in `verdicts.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from keel.config import Section
+from keel.errors import KeelError, nearest
+from keel.settings import explain
+
+START = "start"
+VALIDATION = "eval/pass@1"  # the best checkpoint is chosen on it
+At = Literal["end", "mean", "best", "area", "change", "fall", "equal-tokens", "best-on-validation"]
+AT = (
+    "end = the last evaluation, or the mean over the last tenth of what is logged at every step; mean = over all that is logged; "
+    "best = highest; area = mean over generated tokens; change = end − start; fall = best − end; equal-tokens = where the one of "
+    "the two that generated less ended; best-on-validation = at the evaluation of highest eval/pass@1"
+)
+
+
+class Prediction(Section):
+    """One expected difference between an arm and another, seed by seed.
+
+    Raises:
+        KeelError: a key is unknown, or the prediction could not be judged.
+    """
+
+    says: str = Field(description="in one sentence")
+    arm: str = Field(description="the arm that it is about; of a grid its full name, such as 'none · R2'")
+    against: str = Field("", description="the arm that it is compared with, or 'start' for its own start; empty = the first arm")
+    against_value: float | None = Field(None, description="a number that it is compared with, in place of an arm")
+    metric: str = Field(VALIDATION, description="a name in metrics.jsonl")
+    at: At = Field("end", description=AT)
+    against_at: At | None = Field(None, description="the same of what it is compared with; none = as `at`")
+    expect: Literal["higher", "lower", "equal"] = Field(description="than, or as, what it is compared with")
+    margin: float = Field(0.0, ge=0, description="the smallest difference that matters")
+    scale: Literal["difference", "log2"] = Field(
+        "difference", description="log2 = differences of logarithms to base 2: -1 is a half, and a margin of 1 a factor of two"
+    )
+
+    def __init__(self, **data: Any):
+        try:
+            super().__init__(**data)
+        except ValidationError as found:
+            raise KeelError(f"Prediction {data.get('says', '')!r}: {explain(found, Prediction)}") from None
+
+    @model_validator(mode="after")
+    def _can_be_judged(self) -> Prediction:
+        alone = self.against == START or self.against_value is not None
+        if self.expect == "equal" and self.margin == 0:
+            self._refuse("expects equality and has no margin", "the largest difference that still counts as equal, as margin")
+        if self.against and self.against_value is not None:
+            self._refuse("has both against and against_value", "one of them")
+        if "equal-tokens" in (self.at, self.against_at) and (alone or self.against_at not in (None, self.at)):
+            self._refuse("compares at equal tokens with something that is no run", "another arm, at the same place")
+        if self.against == START and (self.at == "fall" or self.against_at):
+            self._refuse(f"compares {self.at!r} with the start", "end, change, best, mean or area, and no against_at")
+        if "best-on-validation" in (self.at, self.against_at) and self.metric == VALIDATION:
+            self._refuse(
+                f"looks at {VALIDATION} where {VALIDATION} is best, which is luck in part",
+                "a metric of other held-out prompts: 'eval/TASK?skip_test=N/pass@1', with TASK?skip_test=N in evaluation.panel",
+            )
+        return self
+
+    def _refuse(self, found: str, expected: str) -> None:
+        raise KeelError(f"Prediction {self.says!r} {found}. Expected {expected}.")
+
+    def reference(self, arms: list[str]) -> str:
+        """The arm that it is compared with; "" where it is its own start or a number."""
+        if self.against_value is not None or (self.against == START and START not in arms):
+            return ""
+        return self.against or arms[0]
+
+    def check(self, arms: list[str]) -> None:
+        """See that it speaks of arms that there are.
+
+        Raises:
+            KeelError: of another one, or of an arm against itself.
+        """
+        for name in filter(None, (self.arm, self.reference(arms))):
+            if name not in arms:
+                self._refuse(f"names an arm {name!r}", f"{nearest(name, arms)}one of: {', '.join(map(repr, arms))}")
+        if self.reference(arms) == self.arm and self.against_at in (None, self.at):
+            self._refuse(f"compares {self.arm!r} with itself", "another arm, against = 'start' or an against_value")
