@@ -13,7 +13,7 @@ BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check --constraint constraints.txt
 LISTS   := pyproject.toml constraints.txt
 VLLM    := .venv-vllm
-TESTED  := dev,lora,gguf,data,reasoning-gym,math,judge
+TESTED  := dev,lora,gguf,data,reasoning-gym,math,judge,report
 
 .PHONY: quickstart test test-vllm lint format bench proof docs clean
 .DELETE_ON_ERROR:

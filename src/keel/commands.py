@@ -302,6 +302,33 @@ def study(arguments: list[str]) -> int:
     return run(o.source, out=o.out, seeds=o.seeds, quick=o.quick, workers=o.workers, plan_only=o.plan, as_json=o.json)
 
 
+# ── report, view ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def report(arguments: list[str]) -> int:
+    """write a page of a study or of runs, in one file: keel report runs/mine, keel report runs/one runs/other"""
+    parser = parser_of("report", report)
+    parser.add_argument("places", nargs="+", metavar="RUN|STUDY", help="one study folder, or one or more run folders")
+    parser.add_argument("--out", default="", metavar="FILE", help="the file (default: report.html in the first folder)")
+    parser.add_argument("--rollouts", type=int, default=10_000, help="completions that the page holds (default: %(default)s)")
+    o = parser.parse_args(arguments)
+    from keel.report.command import run_report
+
+    return run_report(o.places, out=o.out, most=o.rollouts)
+
+
+def view(arguments: list[str]) -> int:
+    """serve the same pages to this machine while runs train: keel view runs/"""
+    parser = parser_of("view", view)
+    parser.add_argument("place", nargs="?", default="runs", help="a folder of runs and studies, or one (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=0, help="of this machine (default: any free one)")
+    parser.add_argument("--rollouts", type=int, default=10_000, help="completions that a page holds (default: %(default)s)")
+    o = parser.parse_args(arguments)
+    from keel.report.command import run_view
+
+    return run_view(o.place, port=o.port, most=o.rollouts)
+
+
 # ── export ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -331,5 +358,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "grade": grade,
     "data": data,
     "study": study,
+    "report": report,
+    "view": view,
     "export": export,
 }

@@ -12,13 +12,14 @@ FLOORS = [  # a room may import from its own floor and from those above it in th
     {"errors", "types", "files"},
     {"objectives"},
     {"diagnostics", "exact"},
-    {"settings", "config"},
+    {"settings", "config", "contradictions"},
     {"tasks", "rewards", "models"},
     {"rollout"},
     {"training", "evaluate", "writers", "progress", "curves", "summary", "data"},
     {"manifest", "run_folder"},
     {"run"},
     {"audit", "gap", "grade", "lab"},
+    {"report"},
     {"arguments", "commands", "cli", "__init__", "__main__"},
 ]
 KNOWS_ONLY = {

@@ -1,0 +1,261 @@
+"""Curves as plotly figures: runs by themselves, or the arms of a study as means over seeds with intervals.
+
+The x axis counts generated tokens, so that what costs more stands further right.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from keel.evaluate.estimates import t95
+from keel.report.data import Row, RunData
+
+COLOURS = ("#4c7fe0", "#d98b0f", "#2a9d74", "#d0554d", "#8b6fd8", "#2196a8", "#c65f9b", "#8795a1")
+TOKENS = "generated tokens"
+POINTS = 60  # of a curve; steps in between are averaged
+FLOOR = 1e-9  # on a logarithmic axis
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of every figure: a run, or an arm's runs."""
+
+    name: str
+    runs: tuple[RunData, ...]
+    colour: str
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One figure of curves.
+
+    Args:
+        names: metric → dash of its line ("solid", "dash", "dot").
+        bounds: metrics of the lower and upper end of a single run's interval.
+    """
+
+    title: str
+    note: str
+    names: Mapping[str, str]
+    bounds: tuple[str, str] | None = None
+    log: bool = False
+    zero: bool = True
+
+
+PANELS = (
+    Panel("Held-out pass@1", "share of right answers", {"eval/pass@1": "solid", "eval/sampler/pass@1": "dot"},
+          ("eval/pass@1_low", "eval/pass@1_high"), zero=False),
+    Panel("Training reward", "mean of a batch", {"reward/mean": "solid"}, zero=False),
+    Panel("Entropy", "nats a token", {"policy/entropy_nats": "solid"}),
+    Panel("Length", "tokens: right solid, wrong dashed", {"length/right_mean": "solid", "length/wrong_mean": "dash"}),
+    Panel("Cut off", "share of completions at the length cap", {"length/truncated_frac": "solid"}),
+    Panel("Engine gap", "largest |logp_old − logp_rollout| in nats", {"gap/max_abs_nats": "solid"}, log=True),
+    Panel("Clip", "share of tokens at which the clip binds", {"policy/clip_frac": "solid"}),
+    Panel("Live groups", "share with right and wrong answers", {"group/live_frac": "solid"}),
+    Panel("Distance from the reference", "k3 in nats a token", {"kl/ref_k3_nats": "solid"}),
+    Panel("Without a verdict", "share of completions", {"reward/unscorable_frac": "solid"}),
+    Panel("Gradient norm", "before clipping", {"train/grad_norm": "solid"}),
+)  # fmt: skip
+SILENT = {"reward/unscorable_frac", "length/truncated_frac"}  # not shown where they are 0 throughout
+
+
+def series_of(runs: Sequence[RunData]) -> list[Series]:
+    """Runs of a study by their arm, others one by one; colours in order."""
+    by_name: dict[str, list[RunData]] = {}
+    for run in runs:
+        by_name.setdefault(run.arm or run.name, []).append(run)
+    return [Series(name, tuple(of), COLOURS[n % len(COLOURS)]) for n, (name, of) in enumerate(by_name.items())]
+
+
+def figures(runs: Sequence[RunData]) -> list[dict[str, Any]]:
+    """All figures that these runs have something for."""
+    lines = series_of(runs)
+    drawn = [_curves(panel, lines) for panel in PANELS]
+    return [figure for figure in [*drawn[:1], _pass_at_k(lines), _panel(lines), *drawn[1:]] if figure is not None]
+
+
+def _curves(panel: Panel, lines: Sequence[Series]) -> dict[str, Any] | None:
+    traces, seen = [], []
+    for line in lines:
+        for name, dash in panel.names.items():
+            curves = [curve for run in line.runs if (curve := _curve(run.rows, name))]
+            if not curves:
+                continue
+            seen += [y for curve in curves for _, _, y in curve]
+            bounds = panel.bounds if len(line.runs) == 1 and name == next(iter(panel.names)) else None
+            traces += _traced(line, curves, dash, panel, bounds)
+    if not seen or (not any(seen) and SILENT & panel.names.keys()):
+        return None
+    flat = "0 at every step" if not any(seen) else ""
+    return _figure(panel.title, panel.note, traces, TOKENS, log=panel.log, zero=panel.zero, flat=flat)
+
+
+def _traced(
+    line: Series, curves: Sequence[list[tuple[int, float, float]]], dash: str, panel: Panel, bounds: tuple[str, str] | None
+) -> list[dict[str, Any]]:
+    """The line of a metric, below it its interval: over seeds, or over the held-out prompts of a single run."""
+    middle = _over_seeds([_binned(curve) for curve in curves])
+    lift: Callable[[float], float] = (lambda y: max(y, FLOOR)) if panel.log else (lambda y: y)
+    x, y = [p[1] for p in middle], [lift(p[2]) for p in middle]
+    low, high = [lift(p[3]) for p in middle], [p[4] for p in middle]
+    if bounds:
+        ends = [_curve(line.runs[0].rows, name) for name in bounds]
+        if len(ends[0]) == len(ends[1]) == len(x):
+            low, high = ([p[2] for p in end] for end in ends)
+    told = []
+    if all(map(math.isfinite, [*low, *high])) and high != low:
+        told.append(_band(line, x, low, high))
+    text = [f"step {p[0]}" for p in middle]
+    few = len(x) <= 20 and not panel.log
+    told.append(
+        {"type": "scatter", "x": x, "y": y, "text": text, "name": line.name, "legendgroup": line.name,
+         "mode": "lines+markers" if few else "lines", "line": {"color": line.colour, "width": 2, "dash": dash},
+         "marker": {"size": 5}, "hovertemplate": "%{y:.4~g}<br>%{text}, %{x:.3~s} tokens<extra>%{fullData.name}</extra>"}
+    )  # fmt: skip
+    return told
+
+
+def _band(line: Series, x: Sequence[float], low: Sequence[float], high: Sequence[float]) -> dict[str, Any]:
+    return {"type": "scatter", "x": [*x, *reversed(x)], "y": [*high, *reversed(low)], "fill": "toself", "mode": "lines",
+            "fillcolor": _faint(line.colour), "line": {"width": 0}, "hoverinfo": "skip",
+            "legendgroup": line.name, "name": line.name, "meta": "band"}  # fmt: skip
+
+
+def _curve(rows: Sequence[Row], name: str) -> list[tuple[int, float, float]]:
+    """(step, generated tokens so far, value) wherever a metric was measured."""
+    told, tokens = [], 0.0
+    for row in rows:
+        tokens = row.get("tokens/total") or tokens
+        if row.get(name) is not None:
+            told.append((int(row["step"]), float(tokens), float(row[name])))
+    return told
+
+
+def _binned(curve: Sequence[tuple[int, float, float]]) -> list[tuple[int, float, float]]:
+    """At most POINTS of them: neighbours averaged, placed at their last step."""
+    if len(curve) <= POINTS:
+        return list(curve)
+    cuts = [len(curve) * n // POINTS for n in range(POINTS + 1)]
+    parts = [curve[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [(part[-1][0], part[-1][1], sum(y for _, _, y in part) / len(part)) for part in parts]
+
+
+def _over_seeds(curves: Sequence[list[tuple[int, float, float]]]) -> list[tuple[int, float, float, float, float]]:
+    """(step, mean tokens, mean, low, high) at the steps that all seeds have; seeds that are not as far yet shorten the curve."""
+    shared = [points for points in zip(*curves, strict=False) if len({step for step, _, _ in points}) == 1]
+    told = []
+    for points in shared:
+        mean, low, high = _interval([y for _, _, y in points])
+        told.append((points[0][0], sum(x for _, x, _ in points) / len(points), mean, low, high))
+    return told
+
+
+def _interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean with its 95 % t interval; for one value its ends are NaN."""
+    n, mean = len(values), sum(values) / len(values)
+    if n == 1:
+        return mean, math.nan, math.nan
+    half = _t95(n - 1) * math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
+    return mean, mean - half, mean + half
+
+
+@lru_cache
+def _t95(freedom: int) -> float:
+    return t95(freedom)
+
+
+def _pass_at_k(lines: Sequence[Series]) -> dict[str, Any] | None:
+    """Before dotted, after solid, over k."""
+    ks = sorted({int(name[10:]) for line in lines for run in line.runs for row in run.rows for name in row if _is_pass(name)})
+    if len(ks) < 2:
+        return None
+    traces = []
+    for line in lines:
+        for place, dash in ((0, "dot"), (-1, "solid")):
+            found = [(k, _mean_end(line.runs, f"eval/pass@{k}", place)) for k in ks]
+            x, y = [k for k, v in found if v is not None], [v for _, v in found if v is not None]
+            traces.append(
+                {"type": "scatter", "x": x, "y": y, "mode": "lines+markers", "name": line.name, "legendgroup": line.name,
+                 "line": {"color": line.colour, "width": 2, "dash": dash}, "marker": {"size": 5},
+                 "hovertemplate": f"pass@%{{x}} %{{y:.3f}}, {'before' if place == 0 else 'after'}<extra>%{{fullData.name}}</extra>"}
+            )  # fmt: skip
+    return _figure("pass@k", "before dotted, after solid", traces, "k", zero=False, log_x=True)
+
+
+def _is_pass(name: str) -> bool:
+    return name.startswith("eval/pass@") and name[10:].isdigit()
+
+
+def _mean_end(runs: Sequence[RunData], name: str, place: int) -> float | None:
+    ends = [curve[place][2] for run in runs if (curve := _curve(run.rows, name))]
+    return sum(ends) / len(ends) if ends else None
+
+
+def _panel(lines: Sequence[Series]) -> dict[str, Any] | None:
+    """Other skills, before (hollow) and after (filled), with intervals."""
+    names = dict.fromkeys(
+        name for line in lines for run in line.runs for row in run.rows for name in row
+        if name.startswith("eval/") and name.endswith("/pass@1") and name.count("/") > 1 and not name.startswith("eval/sampler/")
+    )  # fmt: skip
+    if not names:
+        return None
+    traces = []
+    for n, line in enumerate(lines):
+        rise = (n - (len(lines) - 1) / 2) * min(0.16, 0.7 / len(lines))
+        for place, symbol in ((0, "circle-open"), (-1, "circle")):
+            points = [(row, name, _panel_end(line.runs, name, place)) for row, name in enumerate(names)]
+            points = [(row + rise, name, end) for row, name, end in points if end is not None]
+            traces.append(
+                {"type": "scatter", "x": [end[0] for _, _, end in points], "y": [-row for row, _, _ in points], "mode": "markers",
+                 "text": [name.removeprefix("eval/").removesuffix("/pass@1") for _, name, _ in points],
+                 "marker": {"color": line.colour, "size": 8, "symbol": symbol}, "name": line.name, "legendgroup": line.name,
+                 "error_x": _errors(points, line.colour) if place else {},
+                 "hovertemplate": f"%{{text}} %{{x:.3f}}, {'before' if place == 0 else 'after'}<extra>%{{fullData.name}}</extra>"}
+            )  # fmt: skip
+    figure = _figure("Other skills", "pass@1: before hollow, after filled", traces, "pass@1", zero=False)
+    labels = [name.removeprefix("eval/").removesuffix("/pass@1") for name in names]
+    axis = {"tickmode": "array", "tickvals": [-row for row in range(len(labels))], "ticktext": labels, "zeroline": False}
+    figure["layout"]["yaxis"] |= axis | {"range": [0.6 - len(labels), 0.6]}
+    return figure
+
+
+def _panel_end(runs: Sequence[RunData], name: str, place: int) -> tuple[float, float, float] | None:
+    """A skill's number at one end, and its interval: over seeds, or of the only run's prompts."""
+    ends = [curve[place][2] for run in runs if (curve := _curve(run.rows, name))]
+    if not ends:
+        return None
+    if len(ends) > 1:
+        return _interval(ends)
+    low, high = (
+        next((c[place][2] for run in runs if (c := _curve(run.rows, f"{name}_{end}"))), math.nan) for end in ("low", "high")
+    )
+    return ends[0], low, high
+
+
+def _errors(points: Sequence[tuple[float, str, tuple[float, float, float]]], colour: str) -> dict[str, Any]:
+    over = [max(0.0, high - mean) if math.isfinite(high) else 0 for _, _, (mean, _, high) in points]
+    under = [max(0.0, mean - low) if math.isfinite(low) else 0 for _, _, (mean, low, _) in points]
+    return {"type": "data", "symmetric": False, "array": over, "arrayminus": under, "color": _faint(colour, 0.5), "thickness": 1.5,
+            "width": 0}  # fmt: skip
+
+
+def _figure(
+    title: str, note: str, traces: list[dict[str, Any]], x: str, *, log: bool = False, zero: bool = True, flat: str = "",
+    log_x: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    y_axis: dict[str, Any] = {"type": "log", "exponentformat": "power", "dtick": 1} if log else {}
+    if zero and not log:
+        y_axis["rangemode"] = "tozero"
+    x_axis: dict[str, Any] = {"title": {"text": x}} | ({"type": "log", "tickformat": "~d"} if log_x else {"rangemode": "tozero"})
+    if x == "pass@1":
+        x_axis.pop("rangemode", None)
+    return {"title": title, "note": note, "flat": flat, "data": traces, "layout": {"xaxis": x_axis, "yaxis": y_axis}}
+
+
+def _faint(colour: str, alpha: float = 0.15) -> str:
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{alpha})"

@@ -1,0 +1,157 @@
+"""The sentences of the page: the verdict first. They say what the files say, and nothing is judged anew."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from keel.report.data import RunData
+from keel.report.study import StudyData, triple
+
+
+def study_headline(study: StudyData) -> str:
+    """One sentence on what the study came to."""
+    if not study.results:
+        return f"Still running: {study.ended} of {study.planned} runs have ended."
+    judged = [each.verdict for each in study.predictions if each.verdict != "not judged yet"]
+    if len(judged) == 1:
+        return f"{_capital(judged[0])}: {study.predictions[0].says.rstrip('.')}."
+    if judged:
+        counts = Counter(judged)
+        told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+        return f"Of {len(judged)} predictions: {told}."
+    return _differences(study)
+
+
+def _differences(study: StudyData) -> str:
+    """Without judged predictions: whose interval of the difference from the first arm leaves 0 out."""
+    if not study.rows:
+        return "No arm has results yet."
+    first, *others = study.rows
+    apart = {"above": [], "below": []}
+    for row in others:
+        found = triple(row.get("difference"))
+        if found and math.isfinite(found[1]) and not found[1] <= 0 <= found[2]:
+            apart["above" if found[0] > 0 else "below"].append(row["arm"])
+    if all(not math.isfinite(found[1]) for row in others if (found := triple(row.get("difference")))):
+        return "One seed an arm: no difference between arms can be told from luck yet."
+    if not any(apart.values()):
+        return f"No arm differs from {first['arm']} by more than its seeds do."
+    told = [
+        f"{_listed(names)} {'end' if len(names) > 1 else 'ends'} {side} {first['arm']}" for side, names in apart.items() if names
+    ]
+    return f"{'; '.join(told)}{'' if sum(map(len, apart.values())) == len(others) else '; the rest is too small to tell'}."
+
+
+def difference_said(row: dict[str, Any], first: str) -> str:
+    """An arm against the first."""
+    found = triple(row.get("difference"))
+    if found is None:
+        return "no result"
+    return f"{signed(found[0])} against {first}{_bounds(found, signed)}"
+
+
+def run_headline(run: RunData) -> str:
+    """One sentence on what the run came to."""
+    before, after = _ends(run, "eval/pass@1")
+    if not run.rows:
+        return "Nothing has been measured yet."
+    if before is None or after is None:
+        return f"{run.step} of {run.steps} steps, and no held-out number yet."
+    if not run.ended and run.step < run.steps:
+        return f"Training: step {run.step} of {run.steps}; held-out pass@1 is {share(after[0])}, from {share(before[0])} at first."
+    moved = _moved(before, after)
+    return f"Held-out pass@1 {moved} from {share(before[0])} to {share(after[0])}{_bounds(after, share)} in {run.step} steps."
+
+
+def _moved(before: tuple[float, float, float], after: tuple[float, float, float]) -> str:
+    if after[1] > before[2]:
+        return "rose"
+    return "fell" if after[2] < before[1] else "did not clearly move:"
+
+
+def runs_headline(runs: Sequence[RunData]) -> str:
+    """One sentence on several runs side by side."""
+    ends = [(run.name, _ends(run, "eval/pass@1")[1]) for run in runs]
+    told = ", ".join(f"{name} {share(end[0])}" if end else f"{name} –" for name, end in ends)
+    return f"Held-out pass@1 at the end: {told}."
+
+
+def run_notes(run: RunData) -> list[str]:
+    """What else must be known of a run, in a few sentences."""
+    told = []
+    if run.rows:
+        tokens = max((row.get("tokens/total") or 0 for row in run.rows), default=0)
+        told.append(f"{run.step} steps, {tokens:,.0f} generated tokens, {_duration(float(run.rows[-1].get('time/total_s') or 0))}.")
+    told += _panel(run)
+    skipped = int(run.summary.get("skipped_steps") or 0)
+    if skipped:
+        told.append(f"{skipped} steps were skipped: their gradient was not finite.")
+    cut = [row["length/truncated_frac"] for row in run.rows if row.get("length/truncated_frac") is not None]
+    if cut and max(cut) > 0.1:
+        told.append(f"Up to {100 * max(cut):.0f} % of a batch's completions were cut off at the length cap.")
+    return told
+
+
+def _panel(run: RunData) -> list[str]:
+    """Skills of the panel that clearly fell, by their intervals."""
+    names = sorted({name.removesuffix("/pass@1") for row in run.rows for name in row if _of_panel(name)})
+    fell, rose, same = [], [], []
+    for name in names:
+        before, after = _ends(run, f"{name}/pass@1")
+        if before and after:
+            moved = _moved(before, after)
+            {"fell": fell, "rose": rose}.get(moved, same).append(name.removeprefix("eval/"))
+    told = [f"{_listed(group)} {verb}" for group, verb in ((fell, "fell"), (rose, "rose")) if group]
+    if told or same:
+        told += [f"{_listed(same)} stayed where {'it was' if len(same) == 1 else 'they were'}, within intervals"] if same else []
+        return [f"Other skills: {'; '.join(told)}."]
+    return []
+
+
+def _of_panel(name: str) -> bool:
+    return name.startswith("eval/") and name.endswith("/pass@1") and not name.startswith("eval/sampler/") and name.count("/") > 1
+
+
+def _ends(run: RunData, name: str) -> tuple[tuple[float, float, float] | None, tuple[float, float, float] | None]:
+    """A held-out number with its interval, before and after."""
+    found = [row for row in run.rows if row.get(name) is not None]
+    if not found:
+        return None, None
+    told = [(row[name], row.get(f"{name}_low", math.nan), row.get(f"{name}_high", math.nan)) for row in (found[0], found[-1])]
+    return told[0], told[1]
+
+
+def share(value: float) -> str:
+    return f"{value:.3f}" if math.isfinite(value) else "–"
+
+
+def signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−") if math.isfinite(value) else "–"
+
+
+def with_interval(value: Any, sign: bool = False) -> str:
+    """A number of results.json with its interval."""
+    found = triple(value)
+    say = signed if sign else share
+    return "–" if found is None else say(found[0]) + _bounds(found, say)
+
+
+def _bounds(found: tuple[float, float, float], say: Any) -> str:
+    return f" ({say(found[1])} to {say(found[2])})" if math.isfinite(found[1]) else ""
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
