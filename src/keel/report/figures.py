@@ -6,7 +6,7 @@ The x axis counts generated tokens, so that what costs more stands further right
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -36,6 +36,9 @@ class Panel:
     Args:
         names: metric → dash of its line ("solid", "dash", "dot").
         bounds: metrics of the lower and upper end of a single run's interval.
+        log: a logarithmic axis; means and intervals are then those of logarithms.
+        zero: the axis begins at 0.
+        most: no value can be larger, and none smaller than 0: intervals are drawn up to there.
     """
 
     title: str
@@ -44,20 +47,27 @@ class Panel:
     bounds: tuple[str, str] | None = None
     log: bool = False
     zero: bool = True
+    most: float = math.inf
+
+    def drawn(self, value: float) -> float:
+        """A mean or an end of an interval, where the axis has it."""
+        if not math.isfinite(value):
+            return math.nan
+        return 10**value if self.log else min(max(value, 0.0), self.most) if self.zero or self.most < math.inf else value
 
 
 PANELS = (
     Panel("Held-out pass@1", "share of right answers", {"eval/pass@1": "solid", "eval/sampler/pass@1": "dot"},
-          ("eval/pass@1_low", "eval/pass@1_high"), zero=False),
+          ("eval/pass@1_low", "eval/pass@1_high"), zero=False, most=1.0),
     Panel("Training reward", "mean of a batch", {"reward/mean": "solid"}, zero=False),
     Panel("Entropy", "nats a token", {"policy/entropy_nats": "solid"}),
     Panel("Length", "tokens: right solid, wrong dashed", {"length/right_mean": "solid", "length/wrong_mean": "dash"}),
-    Panel("Cut off", "share of completions at the length cap", {"length/truncated_frac": "solid"}),
+    Panel("Cut off", "share of completions at the length cap", {"length/truncated_frac": "solid"}, most=1.0),
     Panel("Engine gap", "largest |logp_old − logp_rollout| in nats", {"gap/max_abs_nats": "solid"}, log=True),
-    Panel("Clip", "share of tokens at which the clip binds", {"policy/clip_frac": "solid"}),
-    Panel("Live groups", "share with right and wrong answers", {"group/live_frac": "solid"}),
+    Panel("Clip", "share of tokens at which the clip binds", {"policy/clip_frac": "solid"}, most=1.0),
+    Panel("Live groups", "share with right and wrong answers", {"group/live_frac": "solid"}, most=1.0),
     Panel("Distance from the reference", "k3 in nats a token", {"kl/ref_k3_nats": "solid"}),
-    Panel("Without a verdict", "share of completions", {"reward/unscorable_frac": "solid"}),
+    Panel("Without a verdict", "share of completions", {"reward/unscorable_frac": "solid"}, most=1.0),
     Panel("Gradient norm", "before clipping", {"train/grad_norm": "solid"}),
 )  # fmt: skip
 SILENT = {"reward/unscorable_frac", "length/truncated_frac"}  # not shown where they are 0 throughout
@@ -98,10 +108,9 @@ def _traced(
     line: Series, curves: Sequence[list[tuple[int, float, float]]], dash: str, panel: Panel, bounds: tuple[str, str] | None
 ) -> list[dict[str, Any]]:
     """The line of a metric, below it its interval: over seeds, or over the held-out prompts of a single run."""
-    middle = _over_seeds([_binned(curve) for curve in curves])
-    lift: Callable[[float], float] = (lambda y: max(y, FLOOR)) if panel.log else (lambda y: y)
-    x, y = [p[1] for p in middle], [lift(p[2]) for p in middle]
-    low, high = [lift(p[3]) for p in middle], [p[4] for p in middle]
+    middle = _over_seeds([_binned(_logarithms(curve) if panel.log else curve) for curve in curves])
+    x = [p[1] for p in middle]
+    y, low, high = ([panel.drawn(p[n]) for p in middle] for n in (2, 3, 4))
     if bounds:
         ends = [_curve(line.runs[0].rows, name) for name in bounds]
         if len(ends[0]) == len(ends[1]) == len(x):
@@ -119,6 +128,10 @@ def _traced(
     return told
 
 
+def _logarithms(curve: Sequence[tuple[int, float, float]]) -> list[tuple[int, float, float]]:
+    return [(step, x, math.log10(max(y, FLOOR))) for step, x, y in curve]
+
+
 def _band(line: Series, x: Sequence[float], low: Sequence[float], high: Sequence[float]) -> dict[str, Any]:
     return {"type": "scatter", "x": [*x, *reversed(x)], "y": [*high, *reversed(low)], "fill": "toself", "mode": "lines",
             "fillcolor": _faint(line.colour), "line": {"width": 0}, "hoverinfo": "skip",
@@ -127,11 +140,21 @@ def _band(line: Series, x: Sequence[float], low: Sequence[float], high: Sequence
 
 def _curve(rows: Sequence[Row], name: str) -> list[tuple[int, float, float]]:
     """(step, generated tokens so far, value) wherever a metric was measured."""
-    told, tokens = [], 0.0
-    for row in rows:
-        tokens = row.get("tokens/total") or tokens
-        if row.get(name) is not None:
-            told.append((int(row["step"]), float(tokens), float(row[name])))
+    return [
+        (int(row["step"]), x, float(row[name])) for row, x in zip(rows, _tokens(rows), strict=True) if row.get(name) is not None
+    ]
+
+
+def _tokens(rows: Sequence[Row]) -> list[float]:
+    """Generated tokens behind each step. A batch's tokens are told at its first update, and are shared out over its updates."""
+    told: list[float] = []
+    before = 0.0
+    firsts = [n for n, row in enumerate(rows) if row.get("tokens/total") is not None]
+    told += [0.0] * (firsts[0] if firsts else len(rows))
+    for first, following in zip(firsts, [*firsts[1:], len(rows)], strict=True):
+        after, updates = float(rows[first]["tokens/total"]), following - first
+        told += [before + (after - before) * (n + 1) / updates for n in range(updates)]
+        before = after
     return told
 
 
@@ -183,7 +206,15 @@ def _pass_at_k(lines: Sequence[Series]) -> dict[str, Any] | None:
                  "line": {"color": line.colour, "width": 2, "dash": dash}, "marker": {"size": 5},
                  "hovertemplate": f"pass@%{{x}} %{{y:.3f}}, {'before' if place == 0 else 'after'}<extra>%{{fullData.name}}</extra>"}
             )  # fmt: skip
-    return _figure("pass@k", "before dotted, after solid", traces, "k", zero=False, log_x=True)
+    figure = _figure("pass@k", "before dotted, after solid", traces, "k", zero=False)
+    figure["layout"]["xaxis"] = {
+        "title": {"text": "k"},
+        "type": "log",
+        "tickmode": "array",
+        "tickvals": ks,
+        "ticktext": list(map(str, ks)),
+    }
+    return figure
 
 
 def _is_pass(name: str) -> bool:
@@ -219,7 +250,7 @@ def _panel(lines: Sequence[Series]) -> dict[str, Any] | None:
     figure = _figure("Other skills", "pass@1: before hollow, after filled", traces, "pass@1", zero=False)
     labels = [name.removeprefix("eval/").removesuffix("/pass@1") for name in names]
     axis = {"tickmode": "array", "tickvals": [-row for row in range(len(labels))], "ticktext": labels, "zeroline": False}
-    figure["layout"]["yaxis"] |= axis | {"range": [0.6 - len(labels), 0.6]}
+    figure["layout"]["yaxis"] |= axis | {"range": [0.4 - len(labels), 0.6]}
     return figure
 
 
@@ -244,15 +275,12 @@ def _errors(points: Sequence[tuple[float, str, tuple[float, float, float]]], col
 
 
 def _figure(
-    title: str, note: str, traces: list[dict[str, Any]], x: str, *, log: bool = False, zero: bool = True, flat: str = "",
-    log_x: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+    title: str, note: str, traces: list[dict[str, Any]], x: str, *, log: bool = False, zero: bool = True, flat: str = ""
+) -> dict[str, Any]:
     y_axis: dict[str, Any] = {"type": "log", "exponentformat": "power", "dtick": 1} if log else {}
     if zero and not log:
         y_axis["rangemode"] = "tozero"
-    x_axis: dict[str, Any] = {"title": {"text": x}} | ({"type": "log", "tickformat": "~d"} if log_x else {"rangemode": "tozero"})
-    if x == "pass@1":
-        x_axis.pop("rangemode", None)
+    x_axis: dict[str, Any] = {"title": {"text": x}} | ({"rangemode": "tozero"} if x == TOKENS else {})
     return {"title": title, "note": note, "flat": flat, "data": traces, "layout": {"xaxis": x_axis, "yaxis": y_axis}}
 
 

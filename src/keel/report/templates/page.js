@@ -16,7 +16,7 @@ function show(told) {
 
 function keys(event) {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
-  const typing = event.target.matches("input, select, textarea");
+  const typing = event.target.matches("input, select");
   if (event.key === "Escape" && typing) { event.target.blur(); $("list").focus({ preventScroll: true }); return; }
   if (typing || $("keys").open) return;
   const only = { a: -1, r: 0, w: 1, u: 2, x: 3 }, has = reader.table && !$("reader").hidden;

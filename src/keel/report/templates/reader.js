@@ -96,7 +96,8 @@ const reader = {
     row.setAttribute("role", "option"); row.setAttribute("aria-selected", String(place === reader.at));
     const sign = make("span", `sign s${t.state[n]}`, STATES[t.state[n]][1]);
     sign.title = STATES[t.state[n]][0];
-    const side = make("span", "side", `${t.step[n]}`);
+    const run = reader.runs.length > 1 ? reader.runs[t.run[n]] : null, side = make("span", "side", `${t.step[n]}`);
+    if (run) side.prepend(make("span", "", `${(run.arm || run.name).slice(0, 18)} · `));
     if (t.cut[n]) side.prepend(make("span", "cut", "cut off  "));
     if (t.trace[n] >= 0) side.prepend(make("span", "", "▦ "));
     side.title = `step ${t.step[n]}${t.trace[n] >= 0 ? ", with tokens" : ""}`;
@@ -291,7 +292,12 @@ const reader = {
   begin() {
     let soon = 0;
     $("list").addEventListener("scroll", () => { if (!soon) soon = requestAnimationFrame(() => { soon = 0; reader.rows(); }); }, { passive: true });
-    for (const id of ["which", "steps", "order"]) $(id).addEventListener("change", () => reader.choose(null));
+    for (const id of ["which", "steps", "order"]) {
+      let pointed = false; // with the mouse: the keys then belong to the list again
+      $(id).addEventListener("pointerdown", () => { pointed = true; });
+      $(id).addEventListener("keydown", () => { pointed = false; });
+      $(id).addEventListener("change", () => { reader.choose(null); if (pointed) $("list").focus({ preventScroll: true }); });
+    }
     let wait = 0;
     $("search").addEventListener("input", () => { clearTimeout(wait); wait = setTimeout(() => reader.choose(null), 80); });
     new ResizeObserver(() => { if (reader.table) reader.rows(); }).observe($("list"));
