@@ -16,9 +16,10 @@ from scipy import stats
 from keel.errors import KeelError
 from keel.evaluate.estimates import mean_interval
 from keel.lab.command import run, tabulated
-from keel.lab.results import Outcome, collapsed, outcome, table
+from keel.lab.measures import Point, collapsed_at
+from keel.lab.results import Outcome, outcome, table
 from keel.lab.runner import Job, folder_name, jobs_of, run_jobs, write_plan
-from keel.lab.study import Study, load_study, shipped_studies
+from keel.lab.study import Collapse, Study, load_study, shipped_studies
 from keel.settings import nested
 
 TINY = nested({
@@ -182,7 +183,7 @@ def test_the_command_runs_a_file(tmp_path, capsys):
 
 
 def made(arm, seed, last, first=0.5):
-    return Outcome(arm, seed, ((0.0, first), (10.0, last)), (), {})
+    return Outcome(arm, seed, {"eval/pass@1": (Point(0, 0.0, first), Point(2, 10.0, last))})
 
 
 def test_differences_are_paired_by_seed():
@@ -200,11 +201,19 @@ def test_the_interval_is_students():
 
 
 @pytest.mark.parametrize(
-    ("curve", "verdict"),
-    [([0.5, 0.9, 0.44], True), ([0.5, 0.9, 0.46], False), ([0.5, math.nan], True), ([], False), ([0.2, 0.1, 0.3], False)],
+    ("curve", "place"),
+    [
+        ([0.5, 0.9, 0.44], 2),  # ends below half of its best
+        ([0.5, 0.9, 0.46], None),
+        ([0.5, 0.9, 0.44, 0.6], None),  # below it once, and back
+        ([0.5, 0.9, 0.44, 0.4, 0.6], 2),  # twice in a row
+        ([0.5, math.nan, 0.5], 1),
+        ([], None),
+        ([0.2, 0.1, 0.3], None),
+    ],
 )
-def test_collapse_is_half_of_the_best(curve, verdict):
-    assert collapsed(curve) is verdict
+def test_collapse_is_half_of_the_best(curve, place):
+    assert collapsed_at(curve, Collapse()) == place
 
 
 def test_a_run_that_failed_has_collapsed(tmp_path):

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from keel.files import json_of, write_atomically
-from keel.lab.results import outcome, table
+from keel.files import write_atomically
+from keel.lab.results import compact, results
 from keel.lab.runner import jobs_of, run_jobs, write_plan
 from keel.lab.study import Arm, Study, load_study, shipped_studies
 
@@ -38,26 +38,19 @@ def run(
         print(described(study, arms, count))
     if plan_only:
         return 0
-    write_plan(study, arms, jobs, place)
+    registered = write_plan(study, arms, jobs, place)
     run_jobs(jobs, workers, lambda text: print(text, file=sys.stderr, flush=True))
-    rows = table([outcome(job) for job in jobs])
-    told = json_of({"study": study.name, "seeds": count, "arms": [_finite(row) for row in rows]})
+    found = results(study, jobs, quick, registered)
+    told = compact(found.record(study, count, quick))
     write_atomically(place / "results.json", told)
-    print(told if as_json else tabulated(rows))
-    return 1 if any(row["failed"] for row in rows) else 0
-
-
-def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    """A row without what JSON cannot say: null stands for an end of an interval that is not known."""
-    return {
-        name: [each if math.isfinite(each) else None for each in value] if isinstance(value, tuple) else value
-        for name, value in row.items()
-    }
+    print(told if as_json else "\n".join([*found.headline, *[""] * bool(found.headline), tabulated(found.rows), *found.notes]))
+    return 1 if any(row["failed"] for row in found.rows) else 0
 
 
 def described(study: Study, arms: Sequence[Arm], seeds: int) -> str:
     """The question, and in what exactly each arm differs."""
     lines = [study.question, *(f"{name}: {text}" for name in ("source", "prediction") if (text := getattr(study, name)))]
+    lines += [f"predicted: {each.says}" for each in study.predictions]
     lines += [f"{len(arms)} arms × {seeds} seeds:"]
     return "\n".join([*lines, *(f"  {arm.name:<32} {_changes(arm.changes)}" for arm in arms), ""])
 

@@ -14,13 +14,16 @@ How each is judged stands in `verdicts.py`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from keel.config import Section
+from keel.config import EvaluationSettings, RunConfig, Section
+from keel.diagnostics.metrics import metric
 from keel.errors import KeelError, nearest
 from keel.settings import explain
+from keel.summary import panel_name
 
 START = "start"
 VALIDATION = "eval/pass@1"  # the best checkpoint is chosen on it
@@ -79,20 +82,41 @@ class Prediction(Section):
     def _refuse(self, found: str, expected: str) -> None:
         raise KeelError(f"Prediction {self.says!r} {found}. Expected {expected}.")
 
+    @property
+    def logged(self) -> str:
+        """The metric's name as a run writes it: a panel task's options are written with dashes."""
+        family, _, rest = self.metric.partition("/")
+        panel, _, leaf = rest.rpartition("/")
+        return f"{family}/{panel_name(panel)}/{leaf}" if family == "eval" and panel else self.metric
+
     def reference(self, arms: list[str]) -> str:
         """The arm that it is compared with; "" where it is its own start or a number."""
         if self.against_value is not None or (self.against == START and START not in arms):
             return ""
         return self.against or arms[0]
 
-    def check(self, arms: list[str]) -> None:
-        """See that it speaks of arms that there are.
+    def check(self, arms: Mapping[str, RunConfig]) -> None:
+        """See that it speaks of arms that there are, and of what they will log.
 
         Raises:
-            KeelError: of another one, or of an arm against itself.
+            KeelError: of another arm, of an arm against itself, or of a metric that it will not log.
         """
-        for name in filter(None, (self.arm, self.reference(arms))):
-            if name not in arms:
-                self._refuse(f"names an arm {name!r}", f"{nearest(name, arms)}one of: {', '.join(map(repr, arms))}")
-        if self.reference(arms) == self.arm and self.against_at in (None, self.at):
+        names = list(arms)
+        both = self.arm, self.reference(names)
+        for name in filter(None, both):
+            if name not in names:
+                self._refuse(f"names an arm {name!r}", f"{nearest(name, names)}one of: {', '.join(map(repr, names))}")
+            self._check_logged(arms[name].evaluation)
+        if both[0] == both[1] and self.against_at in (None, self.at):
             self._refuse(f"compares {self.arm!r} with itself", "another arm, against = 'start' or an against_value")
+
+    def _check_logged(self, evaluation: EvaluationSettings) -> None:
+        metric(self.logged)
+        family, _, rest = self.logged.partition("/")
+        panel, _, leaf = rest.rpartition("/")
+        kind, _, k = leaf.partition("@")
+        panels = [panel_name(task) for task in evaluation.panel]
+        if family == "eval" and panel and panel not in ("sampler", *panels):
+            self._refuse(f"looks at {self.metric!r}", f"a task in evaluation.panel, which has: {', '.join(panels) or 'none'}")
+        if family == "eval" and kind == "pass" and k.isdigit() and int(k) not in (1, *evaluation.ks):
+            self._refuse(f"looks at {self.metric!r}", f"a k in evaluation.ks, which is {list(evaluation.ks)}")

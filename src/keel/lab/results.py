@@ -1,19 +1,28 @@
-"""What a study came to: each arm's runs as numbers, and each arm against the first, seed by seed."""
+"""What a study came to: each arm's runs as numbers, each arm against the first, seed by seed, and what predictions came to."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from keel.evaluate.estimates import mean_interval
 from keel.files import read_jsonl
+from keel.lab.measures import Series, collapsed_at, series, value_at
+from keel.lab.predictions import VALIDATION, At, Prediction
 from keel.lab.runner import Job
+from keel.lab.statistics import bootstrap_interval, iqm, survival
+from keel.lab.study import Collapse, Study
+from keel.lab.verdicts import Pairs, Verdict, headline, judge
 
-SHARE = 0.5  # of its own best, under which a run's accuracy counts as collapsed
+SAMPLER = "eval/sampler/pass@1"
+DIGITS = 5  # significant ones in results.json
+MEANS = ("gap/k3_nats", "gap/outside_frac", "policy/clip_frac", "policy/old_kl_nats", "gap/rejected_frac",
+         "moe/layers_differ_frac", "moe/tokens_differ_frac", "train/staleness_mean", "tokens/per_s")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -21,71 +30,105 @@ class Outcome:
     """One run.
 
     Args:
-        curve: (generated tokens, held-out pass@1) of the trainer's policy; `sampler` of the engine's, where it is another one.
+        series: by name: held-out pass@1 of the trainer's policy, of the engine's where that is another one, and what was asked for.
         numbers: means over the run of some metrics.
+        steps: optimizer steps that it made.
         failure: why it did not end; "" otherwise.
+        ended: whether it did.
+        rule: when it counts as collapsed.
     """
 
     arm: str
     seed: int
-    curve: tuple[tuple[float, float], ...]
-    sampler: tuple[tuple[float, float], ...]
-    numbers: dict[str, float]
+    series: Mapping[str, Series]
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    steps: int = 0
     failure: str = ""
+    ended: bool = True
+    rule: Collapse = field(default_factory=Collapse)
+
+    @property
+    def curve(self) -> Series:
+        return self.series.get(VALIDATION, ())
+
+    @property
+    def sampler(self) -> Series:
+        return self.series.get(SAMPLER, ())
+
+    @property
+    def whole(self) -> bool:
+        """Whether it came to its end."""
+        return self.ended and not self.failure
+
+    @property
+    def tokens(self) -> float:
+        """Generated in all, as far as evaluations show."""
+        return max((points[-1].tokens for points in self.series.values() if points), default=math.nan)
+
+    def at(self, name: str, place: At, tokens: float = math.nan) -> float:
+        """The number that stands for this run; NaN if it did not end, or did not log it."""
+        return value_at(self.series.get(name, ()), name, place, self.curve, tokens) if self.whole else math.nan
 
     @property
     def last(self) -> float:
         """Held-out pass@1 at the end; NaN where there is none."""
-        return self.curve[-1][1] if self.curve and not self.failure else math.nan
+        return self.at(VALIDATION, "end")
 
     @property
     def last_sampler(self) -> float:
-        return self.sampler[-1][1] if self.sampler else self.last
+        return self.at(SAMPLER, "end") if self.sampler else self.last
+
+    @property
+    def collapsed_step(self) -> int | None:
+        """The step at which it collapsed; a run that failed has at its last one. None if it stands."""
+        place = collapsed_at([point.value for point in self.curve], self.rule)
+        if place is not None:
+            return self.curve[place].step
+        return self.steps if self.failure else None
 
     @property
     def collapsed(self) -> bool:
-        """Whether it failed, or ended under half of its own best."""
-        return bool(self.failure) or collapsed([y for _, y in self.curve])
+        return self.collapsed_step is not None
 
 
-def collapsed(accuracy: Sequence[float], share: float = SHARE) -> bool:
-    """Whether a curve ends under `share` of its own maximum, or in something that is no number."""
-    return not all(map(math.isfinite, accuracy)) or (len(accuracy) > 0 and accuracy[-1] < share * max(accuracy))
+def outcome(job: Job, names: Iterable[str] = (), rule: Collapse | None = None) -> Outcome:
+    """What is on disk of one run.
 
-
-MEANS = ("gap/k3_nats", "gap/outside_frac", "policy/clip_frac", "policy/old_kl_nats", "gap/rejected_frac",
-         "moe/layers_differ_frac", "moe/tokens_differ_frac", "train/staleness_mean", "tokens/per_s")  # fmt: skip
-
-
-def outcome(job: Job) -> Outcome:
-    """What is on disk of one run."""
-    rows = list(read_jsonl(job.out / "metrics.jsonl")) if (job.out / "metrics.jsonl").exists() else []
-    tokens, points = 0.0, {"eval/pass@1": [], "eval/sampler/pass@1": []}
-    for row in rows:
-        tokens = float(row.get("tokens/total", tokens))
-        for name, found in points.items():
-            if name in row:
-                found.append((tokens, float(row[name])))
+    Args:
+        names: further metrics whose series are wanted.
+    """
+    rows = list(read_jsonl(job.out / "metrics.jsonl"))
     means = {name: [row[name] for row in rows if row.get(name) is not None] for name in MEANS}
-    numbers = {name: float(np.mean(values)) for name, values in means.items() if values}
-    curve, sampler = (tuple(found) for found in points.values())
-    return Outcome(job.arm, job.seed, curve, sampler, numbers, job.failure)
+    return Outcome(
+        arm=job.arm,
+        seed=job.seed,
+        series=series(rows, dict.fromkeys([VALIDATION, SAMPLER, *names])),
+        numbers={name: float(np.mean(values)) for name, values in means.items() if values},
+        steps=int(rows[-1]["step"]) if rows else 0,
+        failure=job.failure,
+        ended=job.done,
+        rule=rule or Collapse(),
+    )
 
 
-def _told(values: Sequence[float]) -> tuple[float, float, float]:
-    found = mean_interval(values)
-    return found.mean, found.low, found.high
+# ── arms ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def table(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     """One row an arm: accuracy of trainer and sampler, the difference from the first arm at equal seeds, and how many collapsed."""
-    arms = list(dict.fromkeys(o.arm for o in outcomes))
-    of = {arm: {o.seed: o for o in outcomes if o.arm == arm} for arm in arms}
-    return [_row(arm, of[arm], of[arms[0]]) for arm in arms]
+    of = _by_arm(outcomes)
+    first = next(iter(of.values()), {})
+    return [_row(arm, runs, first) for arm, runs in of.items()]
+
+
+def _by_arm(outcomes: Sequence[Outcome]) -> dict[str, dict[int, Outcome]]:
+    arms = dict.fromkeys(run.arm for run in outcomes)
+    return {arm: {run.seed: run for run in outcomes if run.arm == arm} for arm in arms}
 
 
 def _row(arm: str, runs: Mapping[int, Outcome], first: Mapping[int, Outcome]) -> dict[str, Any]:
     paired = [runs[seed].last - first[seed].last for seed in sorted(runs.keys() & first.keys())]
+    ends = np.array([run.last for run in runs.values() if math.isfinite(run.last)])
     names = {name for run in runs.values() for name in run.numbers}
     return {
         "arm": arm,
@@ -95,6 +138,144 @@ def _row(arm: str, runs: Mapping[int, Outcome], first: Mapping[int, Outcome]) ->
         "pass@1": _told([run.last for run in runs.values()]),
         "sampler pass@1": _told([run.last_sampler for run in runs.values()]),
         "difference": _told(paired),
-        "best": _told([max((y for _, y in run.curve), default=math.nan) for run in runs.values()]),
+        "best": _told([run.at(VALIDATION, "best") for run in runs.values()]),
+        "iqm": (float(iqm(ends)), *bootstrap_interval(ends, 0, iqm)) if len(ends) else (math.nan,) * 3,
         **{name: _told([run.numbers.get(name, math.nan) for run in runs.values()]) for name in sorted(names)},
     }
+
+
+def _told(values: Sequence[float]) -> tuple[float, float, float]:
+    found = mean_interval(values)
+    return found.mean, found.low, found.high
+
+
+def _curves(runs: Mapping[int, Outcome]) -> dict[str, Any]:
+    """Every seed's held-out curve over generated tokens, when runs collapsed, and why runs failed."""
+    fell = [float(run.collapsed_step) for run in runs.values() if run.collapsed_step is not None]
+    return {
+        "tokens": _told([run.tokens for run in runs.values()]),
+        "curves": {str(seed): [[p.step, p.tokens, p.value] for p in run.curve] for seed, run in runs.items()},
+        "collapsed_at": {str(seed): run.collapsed_step for seed, run in runs.items() if run.collapsed},
+        "survival": asdict(survival(fell, [float(run.steps) for run in runs.values() if not run.collapsed])),
+        "failures": {str(seed): _last_line(run.failure) for seed, run in runs.items() if run.failure},
+    }
+
+
+def _last_line(text: str) -> str:
+    return text.strip().split("\n")[-1][:300]
+
+
+# ── predictions ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def pairs_of(prediction: Prediction, outcomes: Sequence[Outcome], last_resort: Sequence[str] = ()) -> Pairs:
+    """What a prediction compares, seed by seed, with a reason for each pair that is not whole."""
+    of = _by_arm(outcomes)
+    reference = prediction.reference(list(of))
+    seeds = sorted(of[prediction.arm])
+    found = [_pair(prediction, of[prediction.arm][seed], of[reference].get(seed) if reference else None) for seed in seeds]
+    absent = [
+        _why(prediction, run)
+        for seed, pair in zip(seeds, found, strict=True)
+        if not all(map(math.isfinite, pair))
+        for run in _members(of, prediction.arm, reference, seed)
+        if not math.isfinite(run.at(prediction.logged, "end"))
+    ]
+    return Pairs(prediction, tuple(seeds), *(tuple(side) for side in zip(*found, strict=True)), tuple(absent), tuple(last_resort))
+
+
+def _members(of: Mapping[str, Mapping[int, Outcome]], arm: str, reference: str, seed: int) -> list[Outcome]:
+    return [of[name][seed] for name in (arm, reference) if name and seed in of[name]]
+
+
+def _pair(told: Prediction, run: Outcome, other: Outcome | None) -> tuple[float, float]:
+    """The run's number, and that which it is compared with."""
+    name = told.logged
+    if told.against_value is not None:
+        return run.at(name, told.at), told.against_value
+    if other is None:
+        points = run.series.get(name, ())
+        return run.at(name, told.at), 0.0 if told.at == "change" else points[0].value if points else math.nan
+    tokens = min(points[-1].tokens if (points := each.series.get(name, ())) else math.nan for each in (run, other))
+    return run.at(name, told.at, tokens), other.at(name, told.against_at or told.at, tokens)
+
+
+def _why(told: Prediction, run: Outcome) -> str:
+    """Why a run has no number."""
+    state = f"logs no finite {told.metric}"
+    if run.failure:
+        state = f"failed: {_last_line(run.failure)}"
+    elif not run.ended:
+        state = "has not ended"
+    return f"{run.arm}, seed {run.seed} {state}"
+
+
+# ── all of it ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Results:
+    """A study's rows and verdicts. `notes` say what a reader must know besides."""
+
+    rows: list[dict[str, Any]]
+    verdicts: list[Verdict]
+    curves: list[dict[str, Any]]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def headline(self) -> list[str]:
+        return headline(self.verdicts)
+
+    def record(self, study: Study, seeds: int, quick: bool) -> dict[str, Any]:
+        """All that a page, or a ledger of claims, needs: as results.json has it."""
+        return _short({
+            "study": study.name,
+            "question": study.question,
+            "source": study.source,
+            "seeds": seeds,
+            "quick": quick,
+            "headline": self.headline,
+            "rule": f"Holm over {len(self.verdicts)} predictions at .05; {study.confirm_seeds} seeds for more than a hint",
+            "collapse": study.collapse.model_dump(),
+            "predictions": [asdict(verdict) for verdict in self.verdicts],
+            "arms": [row | curves for row, curves in zip(self.rows, self.curves, strict=True)],
+            "notes": list(self.notes),
+        })  # fmt: skip
+
+
+def results(study: Study, jobs: Sequence[Job], quick: bool = False, registered: Sequence[Prediction] | None = None) -> Results:
+    """What the runs on disk come to, finished or not.
+
+    Args:
+        registered: predictions that were written before the first run; None = all of them.
+    """
+    names = [prediction.logged for prediction in study.predictions]
+    outcomes = [outcome(job, names, study.collapse) for job in jobs]
+    known = study.predictions if registered is None else registered
+    pairs = [
+        pairs_of(each, outcomes, ["a quick size"] * quick + ["written after the first run"] * (each not in known))
+        for each in study.predictions
+    ]
+    curves = [_curves(runs) for runs in _by_arm(outcomes).values()]
+    return Results(table(outcomes), judge(pairs, study.confirm_seeds), curves)
+
+
+def compact(record: Mapping[str, Any]) -> str:
+    """JSON with a line for each entry of its lists: small, and a change shows where it is."""
+    lines = [f" {json.dumps(key)}: {_entries(value)}" for key, value in record.items()]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _entries(value: Any) -> str:
+    if isinstance(value, list) and value:
+        return "[\n" + ",\n".join(f"  {json.dumps(each, ensure_ascii=False, allow_nan=False)}" for each in value) + "\n ]"
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def _short(value: Any) -> Any:
+    """Numbers rounded, and null for what is not finite."""
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _short(inner) for key, inner in value.items()}
+    return [_short(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -129,7 +129,7 @@ class Study(Section):
         base = merged(self.base, self.quick if quick else {})
         arms = [Arm(name, changes, _config(self.name, name, base, changes)) for name, changes in self.overlays().items()]
         for prediction in self.predictions:
-            prediction.check([arm.name for arm in arms])
+            prediction.check({arm.name: arm.config for arm in arms})
         if not self.varies_budget:
             _check_budgets(self.name, arms)
         return arms
