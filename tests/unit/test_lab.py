@@ -16,10 +16,12 @@ from scipy import stats
 from keel.errors import KeelError
 from keel.evaluate.estimates import mean_interval
 from keel.lab.command import run, tabulated
+from keel.lab.differences import check_difference, check_folder, check_origins
 from keel.lab.measures import Point, collapsed_at
 from keel.lab.results import Outcome, outcome, table
 from keel.lab.runner import Job, folder_name, jobs_of, run_jobs, write_plan
 from keel.lab.study import Collapse, Study, load_study, shipped_studies
+from keel.run_folder import toml_of
 from keel.settings import nested
 
 TINY = nested({
@@ -59,12 +61,54 @@ def test_axes_make_a_grid():
         ),
         ({"arms": {"odd": {"train": {"lrr": 1}}}}, "Arm 'odd' of study 's': There is no setting 'train.lrr'"),
         ({"arms": {}}, "neither arms nor axes"),
+        ({"arms": {"first": {}, "more": {"train": {"dynamic_sampling": True}}}}, "dynamic sampling True against False"),
+        ({"arms": {"lucky": {"seed": 7}}}, "Arm 'lucky' sets seed"),
+        ({"base": TINY | {"out": "here"}}, "The base of study 's' sets out"),
+        ({"confirm": True, "seeds": 9}, "with 9 seeds. Expected 10 or more"),
         ({"axes": {"a": {"b": {}}}}, "both arms and axes"),
     ],
 )
 def test_a_study_that_cannot_be_fair_is_refused(changes, said):
     with pytest.raises(KeelError, match=said):
         study(**changes).resolved_arms()
+
+
+def test_a_recipe_is_taken_apart_in_the_difference():
+    arms = study(arms={"solid": {}, "grpo": {"recipe": "grpo"}}, varies_budget=True).resolved_arms()
+    assert arms[0].difference == {} and arms[1].difference["recipe"] == "grpo"
+    assert "Clip" in arms[1].difference["objective.surrogate"] and "sampling.temperature" not in arms[1].difference
+
+
+def test_a_difference_that_an_arm_does_not_say_is_refused():
+    check_difference("a", ["recipe"], {"recipe": "dapo", "objective.surrogate": "Clip()", "train.dynamic_sampling": True})
+    check_difference("a", ["objective.surrogate.clip_high"], {"objective.surrogate": "Clip()"})
+    with pytest.raises(KeelError, match="changes train.lr, and it differs in train.eps = 1 too"):
+        check_difference("a", ["train.lr"], {"train.lr": 1, "train.eps": 1})
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path):
+    settings = study().resolved_arms()[0].seeded(0, tmp_path, 1).model_dump(mode="json")
+    check_folder(tmp_path, settings)  # there is none yet
+    other = study().resolved_arms()[1].config
+    (tmp_path / "config.toml").write_text(toml_of(other))
+    with pytest.raises(KeelError, match="sampling.temperature 1.2 .the study: 1.0."):
+        check_folder(tmp_path, settings)
+    (tmp_path / "config.toml").write_text("old_name = 1\n")
+    (tmp_path / "manifest.json").write_text('{"versions": {"keel-rl": "0.0.1"}}')
+    with pytest.raises(KeelError, match="made by keel 0.0.1, and this is keel .*old_name"):
+        check_folder(tmp_path, settings)
+
+
+def test_runs_of_other_data_are_no_comparison_and_other_versions_are_told(tmp_path):
+    for seed, (torch, data) in enumerate([("2.13", "a"), ("2.13", "a"), ("2.12", "a"), ("2.13", "b")]):
+        (tmp_path / str(seed)).mkdir()
+        told = {"versions": {"torch": torch}, "task": {"name": "sums", "hash": data}}
+        (tmp_path / str(seed) / "manifest.json").write_text(json.dumps(told))
+    places = [tmp_path / str(seed) for seed in range(5)]  # the last one has not begun
+    assert check_origins(places[:2]) == ()
+    assert check_origins([*places[:3], places[4]]) == ("Runs differ in torch: 2.13 (2 runs), 2.12 (1 runs).",)
+    with pytest.raises(KeelError, match="different versions of the task 'sums'"):
+        check_origins(places)
 
 
 def test_unknown_keys_and_studies_are_named():
@@ -156,12 +200,26 @@ def _until(done, seconds=120.0):
         time.sleep(0.1)
 
 
+EXPECTED = {"says": "warmer is worse", "arm": "warm", "expect": "lower"}
+
+
 def test_a_folder_keeps_to_its_plan(tmp_path):
     plan = study()
     write_plan(plan, plan.resolved_arms(), [], tmp_path)
     write_plan(study(seeds=7), plan.resolved_arms(), [], tmp_path)  # more seeds are welcome
     with pytest.raises(KeelError, match="another plan"):
         write_plan(study(question="another?"), plan.resolved_arms(), [], tmp_path)
+
+
+def test_predictions_that_come_late_are_known_as_such(tmp_path):
+    plan, late = study(predictions=[EXPECTED]), EXPECTED | {"says": "it is longer", "metric": "length/mean"}
+    jobs = jobs_of(plan, plan.resolved_arms(), tmp_path, 1)
+    assert len(write_plan(study(), plan.resolved_arms(), jobs, tmp_path)) == 0
+    assert write_plan(plan, plan.resolved_arms(), jobs, tmp_path) == plan.predictions  # nothing has begun
+    jobs[0].out.mkdir(parents=True)
+    more = study(predictions=[EXPECTED, late])
+    for _ in range(2):
+        assert write_plan(more, plan.resolved_arms(), jobs, tmp_path) == plan.predictions
 
 
 def test_the_command_runs_a_file(tmp_path, capsys):

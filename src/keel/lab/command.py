@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from keel.files import write_atomically
+from keel.lab.differences import check_folder
 from keel.lab.results import compact, results
 from keel.lab.runner import jobs_of, run_jobs, write_plan
 from keel.lab.study import Arm, Study, load_study, shipped_studies
@@ -38,6 +39,8 @@ def run(
         print(described(study, arms, count))
     if plan_only:
         return 0
+    for job in jobs:
+        check_folder(job.out, job.config)
     registered = write_plan(study, arms, jobs, place)
     run_jobs(jobs, workers, lambda text: print(text, file=sys.stderr, flush=True))
     found = results(study, jobs, quick, registered)
@@ -52,7 +55,7 @@ def described(study: Study, arms: Sequence[Arm], seeds: int) -> str:
     lines = [study.question, *(f"{name}: {text}" for name in ("source", "prediction") if (text := getattr(study, name)))]
     lines += [f"predicted: {each.says}" for each in study.predictions]
     lines += [f"{len(arms)} arms × {seeds} seeds:"]
-    return "\n".join([*lines, *(f"  {arm.name:<32} {_changes(arm.changes)}" for arm in arms), ""])
+    return "\n".join([*lines, *(f"  {arm.name:<32} {_changes(arm.difference)}" for arm in arms), ""])
 
 
 def _changes(changes: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 
 from keel.evaluate.estimates import mean_interval
 from keel.files import read_jsonl
+from keel.lab.differences import check_origins
 from keel.lab.measures import Series, collapsed_at, series, value_at
 from keel.lab.predictions import VALIDATION, At, Prediction
 from keel.lab.runner import Job
@@ -257,7 +258,8 @@ def results(study: Study, jobs: Sequence[Job], quick: bool = False, registered: 
         for each in study.predictions
     ]
     curves = [_curves(runs) for runs in _by_arm(outcomes).values()]
-    return Results(table(outcomes), judge(pairs, study.confirm_seeds), curves)
+    notes = check_origins([job.out for job in jobs])
+    return Results(table(outcomes), judge(pairs, study.confirm_seeds), curves, notes)
 
 
 def compact(record: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ In place of arms, `[axes.NAME.VALUE]` tables give a grid: an arm for each combin
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,11 @@ from pydantic import Field, ValidationError, field_validator
 
 from keel.config import RunConfig, Section
 from keel.errors import KeelError, nearest
+from keel.lab.differences import OF_RUNNER, check_difference, difference
 from keel.lab.predictions import Prediction
 from keel.settings import dotted, explain, merged, nested, read_toml
 
-BUDGET = ("completions_total", "completion_tokens_total_at_most", "completions_per_evaluation")
+BUDGET = ("completions_total", "prompts_total", "completion_tokens_total_at_most", "completions_per_evaluation")
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,15 @@ class Arm:
 
     Args:
         name: as the study calls it.
-        changes: dotted settings in which it differs from the base: all of its difference.
+        changes: dotted settings of its overlay.
         config: resolved settings, for seed 0.
+        difference: every resolved setting that is not the base's; a recipe is taken apart into its choices.
     """
 
     name: str
     changes: dict[str, Any]
     config: RunConfig
+    difference: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def seeded(self, seed: int, out: Path, threads: int) -> RunConfig:
         """The run of one seed: the same prompts in the same order for every arm."""
@@ -127,12 +130,22 @@ class Study(Section):
         """Every arm with its whole configuration, checked."""
         self.seeds_for(quick=quick)
         base = merged(self.base, self.quick if quick else {})
-        arms = [Arm(name, changes, _config(self.name, name, base, changes)) for name, changes in self.overlays().items()]
+        if held := [name for name in OF_RUNNER if name in dotted(base)]:
+            raise KeelError(f"The base of study {self.name!r} sets {', '.join(held)}. Expected it not to: the runner does.")
+        plain = _config(self.name, "the base", base, {})
+        arms = [_arm(self.name, name, base, plain, changes) for name, changes in self.overlays().items()]
         for prediction in self.predictions:
             prediction.check({arm.name: arm.config for arm in arms})
         if not self.varies_budget:
             _check_budgets(self.name, arms)
         return arms
+
+
+def _arm(study: str, name: str, base: dict[str, Any], plain: RunConfig, changes: dict[str, Any]) -> Arm:
+    config = _config(study, name, base, changes)
+    found = difference(config, plain)
+    check_difference(name, changes, found)
+    return Arm(name, changes, config, found)
 
 
 def _config(study: str, arm: str, base: dict[str, Any], changes: dict[str, Any]) -> RunConfig:
@@ -145,13 +158,19 @@ def _config(study: str, arm: str, base: dict[str, Any], changes: dict[str, Any])
 def _check_budgets(study: str, arms: list[Arm]) -> None:
     first, *others = arms
     for arm in others:
-        ours, theirs = arm.config.derived(), first.config.derived()
-        unequal = [f"{name} {ours[name]} against {theirs[name]}" for name in BUDGET if ours[name] != theirs[name]]
+        ours, theirs = _budget(arm.config), _budget(first.config)
+        unequal = [f"{name} {ours[name]} against {theirs[name]}" for name in ours if ours[name] != theirs[name]]
         if unequal:
             raise KeelError(
                 f"Arm {arm.name!r} of study {study!r} has another budget than {first.name!r}: {', '.join(unequal)}. Expected equal "
                 "ones, or varies_budget = true where the budget is the question."
             )
+
+
+def _budget(config: RunConfig) -> dict[str, Any]:
+    """What a run may spend. With dynamic sampling it samples more than it trains on."""
+    derived = config.derived()
+    return {name: derived[name] for name in BUDGET} | {"steps": config.steps, "dynamic sampling": config.train.dynamic_sampling}
 
 
 def shipped_studies() -> dict[str, Path]:
