@@ -13,8 +13,10 @@ from typing import Any
 
 from keel.evaluate.estimates import t95
 from keel.report.data import Row, RunData
+from keel.report.study import triple
 
-COLOURS = ("#4c7fe0", "#d98b0f", "#2a9d74", "#d0554d", "#8b6fd8", "#2196a8", "#c65f9b", "#8795a1")
+COLOURS = ("#4c7fe0", "#d98b0f", "#2a9d74", "#d0554d", "#8b6fd8", "#2196a8", "#c65f9b", "#8795a1",
+           "#a2783c", "#6d9b3a", "#5d66c9", "#b5838d")  # fmt: skip
 TOKENS = "generated tokens"
 POINTS = 60  # of a curve; steps in between are averaged
 FLOOR = 1e-9  # on a logarithmic axis
@@ -81,11 +83,58 @@ def series_of(runs: Sequence[RunData]) -> list[Series]:
     return [Series(name, tuple(of), COLOURS[n % len(COLOURS)]) for n, (name, of) in enumerate(by_name.items())]
 
 
-def figures(runs: Sequence[RunData]) -> list[dict[str, Any]]:
-    """All figures that these runs have something for."""
+def figures(runs: Sequence[RunData], arms: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
+    """All figures that these runs have something for.
+
+    Args:
+        arms: of results.json, where there is one.
+    """
     lines = series_of(runs)
     drawn = [_curves(panel, lines) for panel in PANELS]
-    return [figure for figure in [*drawn[:1], _pass_at_k(lines), _panel(lines), *drawn[1:]] if figure is not None]
+    first = [*drawn[:1], _differences(lines, arms), _standing(lines, arms), _pass_at_k(lines), _panel(lines)]
+    return [figure for figure in [*first, *drawn[1:]] if figure is not None]
+
+
+def _differences(lines: Sequence[Series], arms: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Each arm against the first, as the results have it."""
+    found = {str(row.get("arm")): triple(row.get("difference")) for row in arms[1:]}
+    told = [(line, value) for line in lines if (value := found.get(line.name)) is not None]
+    if not told:
+        return None
+    traces = [
+        {"type": "scatter", "x": [value[0]], "y": [-row], "mode": "markers", "marker": {"color": line.colour, "size": 9},
+         "name": line.name, "legendgroup": line.name, "error_x": _errors([value], line.colour),
+         "hovertemplate": "%{x:+.3f}<extra>%{fullData.name}</extra>"}
+        for row, (line, value) in enumerate(told)
+    ]  # fmt: skip
+    figure = _figure("Against the first arm", "difference of held-out pass@1, seed by seed", traces, "difference", zero=False)
+    figure["layout"]["yaxis"] |= _named([line.name for line, _ in told])
+    figure["layout"]["xaxis"] |= {"zeroline": True, "zerolinewidth": 2}
+    return figure
+
+
+def _standing(lines: Sequence[Series], arms: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Share of runs that have not collapsed, where any has."""
+    found = {str(row.get("arm")): row.get("survival") or {} for row in arms}
+    if not any(survival.get("steps") for survival in found.values()):
+        return None
+    traces = []
+    for line in lines:
+        last = max(run.step for run in line.runs)
+        x, y = ([*map(float, found.get(line.name, {}).get(name) or ())] for name in ("steps", "share"))
+        traces.append(
+            {"type": "scatter", "x": [0, *x, last], "y": [1, *y, y[-1] if y else 1], "mode": "lines", "name": line.name,
+             "line": {"color": line.colour, "width": 2, "shape": "hv"}, "legendgroup": line.name,
+             "hovertemplate": "%{y:.0%} at step %{x}<extra>%{fullData.name}</extra>"}
+        )  # fmt: skip
+    return _figure("Still standing", "share of runs that have not collapsed", traces, "step")
+
+
+def _named(labels: Sequence[str]) -> dict[str, Any]:
+    """An axis with a name for each row, from above to below."""
+    short = [label if len(label) < 24 else f"{label[:22]}…" for label in labels]
+    rows = [-row for row in range(len(labels))]
+    return {"tickmode": "array", "tickvals": rows, "ticktext": short, "zeroline": False, "range": [0.4 - len(labels), 0.6]}
 
 
 def _curves(panel: Panel, lines: Sequence[Series]) -> dict[str, Any] | None:
@@ -244,13 +293,12 @@ def _panel(lines: Sequence[Series]) -> dict[str, Any] | None:
                 {"type": "scatter", "x": [end[0] for _, _, end in points], "y": [-row for row, _, _ in points], "mode": "markers",
                  "text": [name.removeprefix("eval/").removesuffix("/pass@1") for _, name, _ in points],
                  "marker": {"color": line.colour, "size": 8, "symbol": symbol}, "name": line.name, "legendgroup": line.name,
-                 "error_x": _errors(points, line.colour) if place else {},
+                 "error_x": _errors([end for _, _, end in points], line.colour) if place else {},
                  "hovertemplate": f"%{{text}} %{{x:.3f}}, {'before' if place == 0 else 'after'}<extra>%{{fullData.name}}</extra>"}
             )  # fmt: skip
     figure = _figure("Other skills", "pass@1: before hollow, after filled", traces, "pass@1", zero=False)
     labels = [name.removeprefix("eval/").removesuffix("/pass@1") for name in names]
-    axis = {"tickmode": "array", "tickvals": [-row for row in range(len(labels))], "ticktext": labels, "zeroline": False}
-    figure["layout"]["yaxis"] |= axis | {"range": [0.4 - len(labels), 0.6]}
+    figure["layout"]["yaxis"] |= _named(labels)
     return figure
 
 
@@ -267,9 +315,9 @@ def _panel_end(runs: Sequence[RunData], name: str, place: int) -> tuple[float, f
     return ends[0], low, high
 
 
-def _errors(points: Sequence[tuple[float, str, tuple[float, float, float]]], colour: str) -> dict[str, Any]:
-    over = [max(0.0, high - mean) if math.isfinite(high) else 0 for _, _, (mean, _, high) in points]
-    under = [max(0.0, mean - low) if math.isfinite(low) else 0 for _, _, (mean, low, _) in points]
+def _errors(ends: Sequence[tuple[float, float, float]], colour: str) -> dict[str, Any]:
+    over = [max(0.0, high - mean) if math.isfinite(high) else 0 for mean, _, high in ends]
+    under = [max(0.0, mean - low) if math.isfinite(low) else 0 for mean, low, _ in ends]
     return {"type": "data", "symmetric": False, "array": over, "arrayminus": under, "color": _faint(colour, 0.5), "thickness": 1.5,
             "width": 0}  # fmt: skip
 

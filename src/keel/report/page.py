@@ -67,7 +67,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
     parts = [path.resolve().parts for path in paths]
     for depth in range(1, max(map(len, parts))):
         names = ["/".join(each[-depth:]) for each in parts]
-        if len(set(names)) == len(names):
+        if len(set(names)) == len(names) and not any(name.isdigit() for name in names):
             return names
     return [f"{path} ({number})" for number, path in enumerate(paths, 1)]
 
@@ -79,7 +79,7 @@ def payload(what: Shown, most: int = MOST) -> dict[str, Any]:
     return {
         "head": head(what),
         "series": [{"name": line.name, "colour": line.colour} for line in series_of(runs)],
-        "figures": figures(runs),
+        "figures": figures(runs, what.study.rows if what.study else ()),
         "runs": [{"name": run.name, "arm": run.arm, "seed": run.seed} for run in told],
         "rollouts": rollouts(told, most) if told else None,
     }
@@ -94,9 +94,10 @@ def _read_from(runs: Sequence[RunData]) -> list[RunData]:
 
 
 def head(what: Shown) -> dict[str, Any]:
-    """The words above the curves."""
+    """The words above the curves. Where its stage changes, more of a served page does than its programs can renew."""
     if what.study:
-        return {"headline": words.study_headline(what.study), "notes": _study_notes(what.study)}
+        judged = hashlib.sha256(repr(what.study.results).encode()).hexdigest()[:16]
+        return {"headline": words.study_headline(what.study), "notes": _study_notes(what.study), "stage": judged}
     if len(what.runs) == 1:
         return {"headline": words.run_headline(what.runs[0]), "notes": words.run_notes(what.runs[0])}
     told = [f"{run.name}: {words.run_headline(run)}" for run in what.runs]

@@ -13,7 +13,7 @@ from keel.lab.runner import FAILED, folder_name
 from keel.report.data import RunData, read_json, read_run
 from keel.settings import dotted
 
-VERDICTS = {"supported": "good", "refuted": "bad"}  # anything else is open
+TONES = {"supported": "good", "refuted": "bad", "points to it": "hint for", "points against it": "hint against"}  # others are open
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Prediction:
 
     Args:
         says: as it was written before the runs.
-        verdict: "supported", "refuted", "too small to tell" or "not judged yet".
+        verdict: as `lab.verdicts` gives it, or "not judged yet".
         words: the sentence on the numbers behind it.
     """
 
@@ -32,7 +32,7 @@ class Prediction:
 
     @property
     def tone(self) -> str:
-        return VERDICTS.get(self.verdict, "open")
+        return TONES.get(self.verdict, "open")
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,12 @@ class StudyData:
         """The arms as results.json has them; none while the study runs."""
         found = self.results.get("arms", [])
         return [dict(row) for row in found] if isinstance(found, list) else [{"arm": k, **v} for k, v in found.items()]
+
+    @property
+    def rules(self) -> list[str]:
+        """How predictions were judged, and what must be known besides."""
+        found = [self.results.get("rule"), *(self.results.get("notes") or [])]
+        return [f"{str(text).rstrip('.')}." for text in found if text]
 
     @property
     def predictions(self) -> list[Prediction]:

@@ -10,6 +10,14 @@ from typing import Any
 from keel.report.data import RunData
 from keel.report.study import StudyData, triple
 
+SAID = {  # verdicts, in the order in which they are counted, as part of a sentence
+    "supported": "supported",
+    "refuted": "refuted",
+    "points to it": "with a hint for it",
+    "points against it": "with a hint against it",
+    "too small to tell": "too small to tell",
+}
+
 
 def study_headline(study: StudyData) -> str:
     """One sentence on what the study came to."""
@@ -20,7 +28,8 @@ def study_headline(study: StudyData) -> str:
         return f"{_capital(judged[0])}: {study.predictions[0].says.rstrip('.')}."
     if judged:
         counts = Counter(judged)
-        told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+        order = sorted(counts, key=lambda verdict: list(SAID).index(verdict) if verdict in SAID else len(SAID))
+        told = ", ".join(f"{counts[verdict]} {SAID.get(verdict, verdict)}" for verdict in order)
         return f"Of {len(judged)} predictions: {told}."
     return _differences(study)
 
@@ -54,7 +63,7 @@ def difference_said(row: dict[str, Any], first: str) -> str:
 
 
 def run_headline(run: RunData) -> str:
-    """One sentence on what the run came to."""
+    """One sentence on what the run came to; intervals stand in the notes."""
     before, after = _ends(run, "eval/pass@1")
     if not run.rows:
         return "Nothing has been measured yet."
@@ -63,7 +72,7 @@ def run_headline(run: RunData) -> str:
     if not run.ended and run.step < run.steps:
         return f"Training: step {run.step} of {run.steps}; held-out pass@1 is {share(after[0])}, from {share(before[0])} at first."
     moved = _moved(before, after)
-    return f"Held-out pass@1 {moved} from {share(before[0])} to {share(after[0])}{_bounds(after, share)} in {run.step} steps."
+    return f"Held-out pass@1 {moved} from {share(before[0])} to {share(after[0])} in {run.step} steps."
 
 
 def _moved(before: tuple[float, float, float], after: tuple[float, float, float]) -> str:
@@ -85,7 +94,7 @@ def run_notes(run: RunData) -> list[str]:
     if run.rows:
         tokens = max((row.get("tokens/total") or 0 for row in run.rows), default=0)
         told.append(f"{run.step} steps, {tokens:,.0f} generated tokens, {_duration(float(run.rows[-1].get('time/total_s') or 0))}.")
-    told += _panel(run)
+    told += _intervals(run) + _panel(run)
     skipped = int(run.summary.get("skipped_steps") or 0)
     if skipped:
         told.append(f"{skipped} steps were skipped: their gradient was not finite.")
@@ -93,6 +102,14 @@ def run_notes(run: RunData) -> list[str]:
     if cut and max(cut) > 0.1:
         told.append(f"Up to {100 * max(cut):.0f} % of a batch's completions were cut off at the length cap.")
     return told
+
+
+def _intervals(run: RunData) -> list[str]:
+    before, after = _ends(run, "eval/pass@1")
+    if not before or not after or not math.isfinite(before[1] + after[1]):
+        return []
+    ends = [f"{share(end[1])} to {share(end[2])}" for end in (before, after)]
+    return [f"95 % intervals of pass@1 over held-out prompts: {ends[0]} before, {ends[1]} after."]
 
 
 def _panel(run: RunData) -> list[str]:

@@ -7,7 +7,10 @@ async function packed(name) {
   return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
 }
 
+let stage;
 function show(told) {
+  if (LIVE && stage !== undefined && stage !== told.head.stage) { location.reload(); return; }
+  stage = told.head.stage;
   $("headline").textContent = told.head.headline;
   $("notes").replaceChildren(...told.head.notes.map((note) => make("li", "", note)));
   reader.load(told.rollouts, told.runs);
