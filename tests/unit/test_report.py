@@ -261,6 +261,26 @@ def test_what_is_no_run_is_refused(tmp_path, make_run, study_folder, monkeypatch
         report([str(make_run("z"))])
 
 
+def test_a_line_that_cannot_be_read_is_named(make_run, tmp_path):
+    path = make_run(said=[rollout(), rollout(2)])
+    (path / "rollouts.jsonl").write_bytes(b'{"step": 1, "completion": "\xff"}\n[1, 2]\n')
+    with pytest.raises(KeelError, match=r"rollouts.jsonl has a line that is no JSON object"):
+        report([str(path)])
+    (path / "rollouts.jsonl").write_bytes(json.dumps(rollout()).encode() + b'\n{"step": 2, "comple')  # being written
+    assert data_of(html(shown([path])))["rollouts"]["kept"] == 1
+    (path / "config.toml").write_text("recipe = ")
+    make_run("sound")
+    with serving(tmp_path) as server:
+        status, _, body = get(server, server.base)
+        assert status == 200 and b"is not TOML" in body and b"sound" in body
+
+
+def test_a_study_without_runs_is_a_page(tmp_path):
+    (tmp_path / "study.json").write_text('{"study": {"name": "new"}, "arms": {"a": {}}, "runs": 3}')
+    text = html(shown([tmp_path]))
+    assert "Still running: 0 of 3 runs have ended." in text and data_of(text)["rollouts"] is None
+
+
 def test_a_folder_of_another_version_is_still_shown(make_run):
     path = make_run()
     with open(path / "config.toml", "a") as file:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from keel.errors import KeelError
-from keel.files import read_jsonl
 from keel.settings import dotted, read_toml
 
 LONGEST = 100_000  # characters of a text that a page keeps
@@ -71,7 +70,7 @@ def read_run(path: Path, name: str = "", arm: str = "") -> RunData:
         seed=int(config.get("seed", 0)),
         config=config,
         manifest=read_json(path / "manifest.json"),
-        rows=tuple(read_jsonl(path / "metrics.jsonl")),
+        rows=tuple(_read(path / "metrics.jsonl", line) for _, line in _lines(path / "metrics.jsonl")),
         summary=read_json(path / "summary.json"),
     )
 
@@ -142,7 +141,7 @@ def _of_steps(path: Path, steps: set[int], most: int) -> Iterator[Row]:
     for step, line in _lines(path):
         if step in steps and left > 0:
             left -= 1
-            yield json.loads(line)
+            yield _read(path, line)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -152,12 +151,31 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
         for line in file:
             if line.endswith(b"\n"):
                 found = _STEP.match(line)
-                yield int(found[1]) if found else int(json.loads(line).get("step", 0)), line
+                yield int(found[1]) if found else int(_read(path, line).get("step", 0)), line
+
+
+def _read(path: Path, line: bytes) -> dict[str, Any]:
+    """One line of a run's file.
+
+    Raises:
+        KeelError: it is no JSON object.
+    """
+    try:
+        found = json.loads(line)
+    except ValueError as fault:
+        found = fault
+    if not isinstance(found, dict):
+        raise KeelError(
+            f"{path} has a line that is no JSON object ({found if isinstance(found, ValueError) else type(found).__name__}): "
+            f"{line[:80]!r} … Expected one object a line, as keel writes them. Mend that line, or take it out."
+        )
+    return found
 
 
 def _traces(path: Path) -> dict[tuple[str, int], list[Row]]:
     told = defaultdict(list)
-    for row in read_jsonl(path):
+    for _, line in _lines(path):
+        row = _read(path, line)
         told[str(row.get("prompt_id")), int(row.get("sample", 0))].append(row)
     return dict(told)
 

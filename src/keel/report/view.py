@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import hmac
 import secrets
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -170,9 +171,16 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None: ...
 
 
+class _Http(ThreadingHTTPServer):
+    def handle_error(self, *at: Any) -> None:
+        """A browser that goes away in the middle of an answer is nothing to tell."""
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
+            super().handle_error(*at)
+
+
 def _bound(port: int, handler: type[BaseHTTPRequestHandler]) -> ThreadingHTTPServer:
     try:
-        return ThreadingHTTPServer(("127.0.0.1", port), handler)
+        return _Http(("127.0.0.1", port), handler)
     except (OSError, OverflowError) as fault:
         raise KeelError(
             f"Port {port} of this machine cannot be served: {fault}. Expected a free one; --port 0 takes any."
@@ -199,9 +207,12 @@ def _entries(server: Server, places: dict[str, Path]) -> list[dict[str, str]]:
     """What the first page says of each run and study."""
     told = []
     for name, path in places.items():
-        what = shown([path])
-        headline = study_headline(what.study) if what.study else run_headline(what.runs[0])
-        told.append({"href": f"{server.base}{name}/", "name": path.name, "kind": what.kind, "headline": headline})
+        try:
+            what = shown([path])
+            headline = study_headline(what.study) if what.study else run_headline(what.runs[0])
+        except KeelError as fault:  # one that cannot be read must not hide the others
+            headline = str(fault)
+        told.append({"href": f"{server.base}{name}/", "name": path.name, "kind": _kind(path), "headline": headline})
     return told
 
 

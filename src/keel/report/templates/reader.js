@@ -9,7 +9,7 @@ const COLOURS = {
   advantage: { title: "advantage", unit: "", from: 0, spread: 0.5 },
   gap: { title: "gap", unit: "nats", from: 0, spread: 0.001 },
 };
-const UNSEEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]|[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g;
+const UNSEEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]|[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g;
 
 const reader = {
   table: null, runs: [], shown: [], at: 0, state: -1, colour: "logp", view: "group", low: null,
