@@ -18,10 +18,9 @@ from typing import Any
 
 from keel.errors import KeelError
 from keel.files import json_of, write_atomically
+from keel.lab.places import FAILED, folder_name
 from keel.lab.predictions import Prediction
 from keel.lab.study import Arm, Study
-
-FAILED = "failed.txt"
 
 
 @dataclass(frozen=True)
@@ -53,11 +52,6 @@ def jobs_of(study: Study, arms: Sequence[Arm], out: Path, seeds: int, threads: i
         for seed in range(seeds)
         for arm, place in zip(arms, places, strict=True)
     ]
-
-
-def folder_name(arm: str) -> str:
-    """An arm's name as a folder."""
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in arm.replace(" · ", "-"))
 
 
 def run_jobs(jobs: Sequence[Job], workers: int, say: Callable[[str], None]) -> None:

@@ -124,12 +124,17 @@ class Verdict:
 
 def judge(all_pairs: Sequence[Pairs], confirm_seeds: int = 10) -> list[Verdict]:
     """A verdict for each prediction of one study, with Holm's correction over all of them."""
-    decided = [decide(pairs.differences, pairs.prediction.expect, pairs.prediction.margin) for pairs in all_pairs]
-    adjusted = holm([p for _, p in decided])
     return [
         _verdict(pairs, lean, p, p_holm, len(all_pairs), confirm_seeds)
-        for pairs, (lean, p), p_holm in zip(all_pairs, decided, adjusted, strict=True)
+        for pairs, (lean, p, p_holm) in zip(all_pairs, decisions(all_pairs), strict=True)
     ]
+
+
+def decisions(all_pairs: Sequence[Pairs]) -> list[tuple[str, float, float]]:
+    """(which way it leans, p, p after Holm) of each prediction: decided where the last is below .05."""
+    alone = [decide(pairs.differences, pairs.prediction.expect, pairs.prediction.margin) for pairs in all_pairs]
+    adjusted = holm([p for _, p in alone])
+    return [(lean, p, p_holm) for (lean, p), p_holm in zip(alone, adjusted, strict=True)]
 
 
 def decide(differences: np.ndarray, expect: str, margin: float) -> tuple[str, float]:
