@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from keel.evaluate.estimates import t95
 from keel.report.data import Row, RunData
 from keel.report.study import triple
 
@@ -237,6 +236,8 @@ def _interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 @lru_cache
 def _t95(freedom: int) -> float:
+    from keel.evaluate.estimates import t95  # it comes with all that evaluating needs
+
     return t95(freedom)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from keel.errors import KeelError
-from keel.lab.runner import FAILED, folder_name
+from keel.lab.places import FAILED, folder_name
 from keel.report.data import RunData, read_json, read_run
 from keel.settings import dotted
 

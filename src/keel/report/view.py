@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from keel.errors import KeelError
-from keel.lab.runner import FAILED
+from keel.lab.places import FAILED
 from keel.report.page import MOST, as_json, html, index_html, payload, plotly_program, shown
 from keel.report.words import run_headline, study_headline
 
