@@ -254,7 +254,7 @@ def _words(pairs: Pairs, verdict: str, kind: str, numbers: dict, hint: tuple[str
     """The numbers, what the seeds could have seen, and what keeps it from being a verdict."""
     told, n = pairs.prediction, numbers["pairs"]
     if n == 0:
-        return f"There is no pair to judge by: {'; '.join(pairs.missing) or 'no run has ended'}."
+        return f"There is no pair to judge by: {_some(pairs.missing) or 'no run has ended'}."
     unit = " in log2" if told.scale == "log2" else ""
     said = [f"{told.metric} ({told.at}){unit}: {number(numbers['mean'], '+')}"]
     if n > 1:
@@ -265,10 +265,15 @@ def _words(pairs: Pairs, verdict: str, kind: str, numbers: dict, hint: tuple[str
     if verdict == OPEN and n > 1:
         said.append(_what_would_tell(told, numbers))
     if pairs.missing:
-        said.append(f"{len(pairs.missing)} of {numbers['planned']} pairs are missing: {'; '.join(pairs.missing)}.")
+        said.append(f"{numbers['planned'] - n} of {numbers['planned']} pairs are missing: {_some(pairs.missing)}.")
     if hint and kind != OPEN:
         said.append(f"A hint only: {', '.join(hint)}.")
     return " ".join(said)
+
+
+def _some(reasons: Sequence[str], most: int = 3) -> str:
+    more = len(reasons) - most
+    return "; ".join([*reasons[:most], *([f"and {more} more runs"] if more > 0 else [])])
 
 
 def _what_would_tell(told: Prediction, numbers: dict) -> str:
@@ -296,7 +301,9 @@ def number(value: float, sign: str = "") -> str:
     """Three decimals, or three digits where that would be nothing."""
     if not math.isfinite(value):
         return "∞" if value > 0 else "−∞" if value < 0 else "–"
-    told = f"{value:{sign}.3f}" if value == 0 or 0.01 <= abs(value) < 1000 else f"{value:{sign}.3g}"
+    if value == 0:
+        return "0"
+    told = f"{value:{sign}.3f}" if 0.01 <= abs(value) < 1000 else f"{value:{sign}.3g}"
     return told.replace("-", "−")
 
 
