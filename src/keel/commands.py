@@ -308,7 +308,9 @@ def study(arguments: list[str]) -> int:
 def report(arguments: list[str]) -> int:
     """write a page of a study or of runs, in one file: keel report runs/mine, keel report runs/one runs/other"""
     parser = parser_of("report", report)
-    parser.add_argument("places", nargs="+", metavar="RUN|STUDY", help="one study folder, or one or more run folders")
+    parser.add_argument(
+        "places", nargs="+", metavar="RUN|STUDY", help="one or more run folders for one page, or studies for a page each"
+    )
     parser.add_argument("--out", default="", metavar="FILE", help="the file (default: report.html in the first folder)")
     parser.add_argument("--rollouts", type=int, default=10_000, help="completions that the page holds (default: %(default)s)")
     o = parser.parse_args(arguments)

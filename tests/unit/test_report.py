@@ -7,10 +7,12 @@ import gzip
 import http.client
 import json
 import re
+import shutil
 import urllib.parse
 
 import pytest
 
+from keel.cli import main
 from keel.config import RunConfig
 from keel.errors import KeelError
 from keel.files import append_jsonl
@@ -220,6 +222,14 @@ def test_verdicts_come_first_in_a_study(study_folder):
     several = [{"says": "x", "verdict": each} for each in ("supported", "refuted", "too small to tell", "supported")]
     results(study_folder, predictions=several)
     assert page.head(shown([study_folder]))["headline"] == "Of 4 predictions: 2 supported, 1 refuted, 1 too small to tell."
+
+
+def test_several_studies_get_a_page_each(study_folder, tmp_path, capsys):
+    shutil.copytree(study_folder, tmp_path / "second")
+    places = [str(study_folder), str(tmp_path / "second")]
+    assert main(["report", *places]) == 0
+    assert all((place / "report.html").stat().st_size > 1e6 for place in (study_folder, tmp_path / "second"))
+    assert main(["report", *places, "--out", "x.html"]) == 2 and "a page each" in capsys.readouterr().err
 
 
 def test_one_seed_is_no_evidence(study_folder):

@@ -33,9 +33,15 @@ def report(places: Sequence[str], *, out: str = "", most: int = MOST) -> Path:
 
 
 def run_report(places: Sequence[str], *, out: str, most: int) -> int:
-    """The command `keel report`."""
-    path = report(places, out=out, most=most)
-    print(f"{path}  ({path.stat().st_size / 1e6:.1f} MB)")
+    """The command `keel report`. Several studies get a page each."""
+    studies = all((Path(place) / "study.json").is_file() for place in places)
+    if studies and len(places) > 1 and out:
+        raise KeelError(
+            f"--out names one file, and {len(places)} studies get a page each. Leave it out: each page lies in its study."
+        )
+    for each in [[place] for place in places] if studies else [places]:
+        path = report(each, out=out, most=most)
+        print(f"{path}  ({path.stat().st_size / 1e6:.1f} MB)")
     return 0
 
 

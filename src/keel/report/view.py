@@ -195,6 +195,14 @@ def _changed(path: Path) -> float:
     return max((file.stat().st_mtime for file in (*path.glob("*.json*"), *path.glob("*/*/metrics.jsonl"))), default=0.0)
 
 
+def _ago(moment: float) -> str:
+    seconds = max(0.0, time.time() - moment)
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return "just now"
+
+
 def _mark(path: Path) -> str:
     """Changes whenever a file that the page shows does."""
     files = [path / name for name in WATCHED]
@@ -212,7 +220,14 @@ def _entries(server: Server, places: dict[str, Path]) -> list[dict[str, str]]:
             headline = study_headline(what.study) if what.study else run_headline(what.runs[0])
         except KeelError as fault:  # one that cannot be read must not hide the others
             headline = str(fault)
-        told.append({"href": f"{server.base}{name}/", "name": path.name, "kind": _kind(path), "headline": headline})
+        told.append(
+            {
+                "href": f"{server.base}{name}/",
+                "name": path.name,
+                "kind": f"{_kind(path)}, {_ago(_changed(path))}",
+                "headline": headline,
+            }
+        )
     return told
 
 
