@@ -9,7 +9,7 @@ import pytest
 from keel.grade.improve import loop
 from keel.grade.improve.command import gain, told
 from keel.grade.improve.examples import FIRST, balanced, drawn, frozen_set
-from keel.grade.improve.judge import Judge, JudgeGrader, parts_of, question, read, verdict
+from keel.grade.improve.judge import Judge, JudgeGrader, judgement, parts_of, question, read, verdict
 from keel.grade.improve.loop import Improved, Sizes, errors_of, improve, judged, measure
 from keel.grade.improve.solutions import KINDS, Truth, truth, worked
 from keel.grade.improve.training import judging, mixed, verdict_reward
@@ -75,7 +75,9 @@ def test_a_verdict_is_worth_its_level_if_its_reason_holds(said, true, reward):
 def test_what_the_judge_reads_is_in_its_alphabet():
     asked = question(PARTS, "17+13=30\n\x00ü€<end>")
     assert set(asked) <= set(CHARACTERS)
-    assert asked.startswith("T:17+13+8\n17+13=30\n") and asked.endswith("???<end>\nD:")
+    assert asked == "17+13=30\n???<end>\nQ:17+13+8=\n"
+    assert judgement(PARTS, "17+13=31\n31+8=39\nA:39") == "17+13=30\n30+8=38\nA:38\nb1"
+    assert read(judgement(PARTS, "17+13=31\n31+8=39\nA:39")) == Truth(0.5, 1)
 
 
 def test_the_frozen_set_is_held_out_and_even():

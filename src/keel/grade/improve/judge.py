@@ -1,7 +1,7 @@
 """The tiny judge: a character model that reads a problem and a solution, and writes a level and the line that is wrong.
 
-It is asked "T:17+13+8⏎17+13=30⏎30+8=38⏎A:38⏎D:" and writes two characters: c (all right), b (one slip) or a (wrong), then the
-number of the first wrong line, 0 for none.
+It is asked "17+13=31⏎31+8=39⏎A:39⏎Q:17+13+8=⏎" and works before it judges: it writes its own solution, "17+13=30⏎30+8=38⏎A:38⏎",
+and then two characters: c (all right), b (one slip) or a (wrong), and the number of the first wrong line, 0 for none: "b1" here.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from keel.grade.improve.solutions import LEVELS, Parts, Truth
+from keel.grade.improve.solutions import LEVELS, Parts, Truth, truth, worked
 from keel.models.characters import CHARACTERS
 from keel.models.policy import Policy
 from keel.rollout.engine import Seed
@@ -18,23 +18,30 @@ from keel.types import Prompt, Sampling, Score
 
 LETTERS = "abc"  # of the levels 0, ½ and 1
 LONGEST = 96  # characters of a solution that are read; a longer one is wrong by its length
-GREEDY = Sampling(temperature=0.0, max_completion_tokens=3)
+LONGEST_VERDICT = 48  # tokens, its working included
+GREEDY = Sampling(temperature=0.0, max_completion_tokens=LONGEST_VERDICT)
 JUDGING = Seed(0, 2**31 + 3)
 
 
 def question(parts: Parts, solution: str) -> str:
-    """What the judge is asked. Characters that it does not know are told as "?"."""
+    """What the judge is asked: the solution, then the problem as it is asked to be solved. Unknown characters are told as "?"."""
     readable = "".join(c if c in CHARACTERS else "?" for c in solution)
-    return f"T:{'+'.join(map(str, parts))}\n{readable}\nD:"
+    return f"{readable}\nQ:{'+'.join(map(str, parts))}=\n"
 
 
 def verdict(true: Truth) -> str:
-    """What a perfect judge writes."""
+    """The last line of what a perfect judge writes."""
     return f"{LETTERS[LEVELS.index(true.level)]}{true.step}"
 
 
+def judgement(parts: Parts, solution: str) -> str:
+    """All that a perfect judge writes: its own solution, and the verdict."""
+    return "\n".join([worked(parts), verdict(truth(parts, solution))])
+
+
 def read(text: str) -> Truth | None:
-    """A written verdict; None where it is none."""
+    """A written verdict, the last line; None where it is none."""
+    text = text.rpartition("\n")[2]
     if len(text) != 2 or text[0] not in LETTERS or text[1] not in "0123456789":
         return None
     return Truth(LEVELS[LETTERS.index(text[0])], int(text[1]))

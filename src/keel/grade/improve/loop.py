@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from keel.config import RunConfig, load_config
 from keel.evaluate import evaluate
 from keel.grade.improve.examples import FIRST, Example, drawn, frozen_set, sampled
-from keel.grade.improve.judge import Judge, JudgeGrader
+from keel.grade.improve.judge import LONGEST_VERDICT, Judge, JudgeGrader
 from keel.grade.improve.solutions import KINDS
 from keel.grade.improve.training import judging, mixed, teach
 from keel.grade.rates import Interval, Rate, difference, rate
@@ -44,7 +44,7 @@ class Sizes:
     block: int = 100
     most_blocks: int = 8
     round_steps: int = 200
-    rounds: int = 2
+    rounds: int = 3
     judge_steps: int = 40
     policy_steps: int = 60
     prompts: int = 16
@@ -121,7 +121,9 @@ def mine(policy: Policy, writer: Policy, seed: int, number: int, sizes: Sizes) -
 
 def reinforce(policy: Policy, examples: Sequence[Example], seed: int, sizes: Sizes) -> None:
     """Train the judge on its task: (1 − |s′ − s|), where its reason holds."""
-    config = _settings(sizes.judge_steps, sizes, seed, {"sampling.max_completion_tokens": 3, "train.prompts_per_step": 32})
+    config = _settings(
+        sizes.judge_steps, sizes, seed, {"sampling.max_completion_tokens": LONGEST_VERDICT, "train.prompts_per_step": 32}
+    )
     _run(policy, judging(examples, examples[:1]), config)
 
 

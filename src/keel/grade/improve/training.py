@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from keel.grade.improve.examples import Example
-from keel.grade.improve.judge import LETTERS, question, read, verdict
-from keel.grade.improve.solutions import LEVELS, Truth
+from keel.grade.improve.judge import judgement, question, read, verdict
+from keel.grade.improve.solutions import Truth
 from keel.models.policy import Policy
 from keel.models.pretrain import Schedule, fit
 from keel.tasks.task import PromptTask
@@ -22,7 +22,7 @@ def teach(policy: Policy, draw: Draw, schedule: Schedule, seed: str) -> list[flo
 
     def row(rng: random.Random) -> tuple[str, str]:
         example = draw(rng)
-        return question(example.parts, example.text), verdict(example.truth)
+        return question(example.parts, example.text), judgement(example.parts, example.text)
 
     losses = list(fit(policy.model, row, schedule, seed))
     policy.model.eval()
@@ -58,9 +58,9 @@ def judging(examples: Sequence[Example], test: Sequence[Example]) -> PromptTask:
         return Prompt(id=f"judging/{number}", text=question(example.parts, example.text), answer=true)
 
     def grade(prompt: Prompt, text: str) -> Score:
-        true = Truth(LEVELS[LETTERS.index(prompt.answer[0])], int(prompt.answer[1]))
-        value = verdict_reward(read(text), true)
-        return Score(value, text == prompt.answer)
+        said, true = read(text), read(prompt.answer)
+        assert true is not None  # as `verdict` wrote it
+        return Score(verdict_reward(said, true), said == true)
 
     train, held_out = (
         [prompt(start + i, example) for i, example in enumerate(found)] for start, found in ((0, examples), (10**6, test))
