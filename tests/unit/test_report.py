@@ -77,8 +77,9 @@ def make_run(tmp_path):
 
 def data_of(text):
     """What the page's programs get to see."""
-    blob = re.search(r'id="blob-data"[^>]*>([^<]*)<', text)[1]
-    return json.loads(gzip.decompress(base64.b64decode(blob)))
+    blobs = [re.search(rf'id="blob-{name}"[^>]*>([^<]*)<', text)[1] for name in ("data", "said")]
+    first, said = (json.loads(gzip.decompress(base64.b64decode(blob))) for blob in blobs)
+    return first | said
 
 
 def test_the_first_line_is_the_verdict(make_run):
@@ -245,7 +246,10 @@ def test_arms_are_means_over_seeds_with_intervals(study_folder):
     assert [line["name"] for line in told["series"]] == ["a", "b · c"]
     lines = [trace for trace in told["figures"][0]["data"] if trace.get("meta") != "band"]
     assert lines[1]["y"] == pytest.approx([0.2, 0.505]) and lines[1]["x"] == [0.0, 200.0]
-    assert {trace["legendgroup"] for trace in told["figures"][0]["data"] if trace.get("meta") == "band"} == {"a", "b · c"}
+    bands = [trace for trace in told["figures"][0]["data"] if trace.get("meta") == "band"]
+    assert [band["legendgroup"] for band in bands] == ["a", "b · c"]
+    half = 12.7062 * 0.01 / 2  # t of one degree of freedom, and the standard error of two values .01 apart
+    assert bands[1]["y"] == pytest.approx([0.2, 0.505 + half, 0.505 - half, 0.2], rel=1e-4)
     assert [run["seed"] for run in told["runs"]] == [0, 0] and told["rollouts"]["text"] == ["a 0", "b-c 0"]
 
 

@@ -121,7 +121,7 @@ def html(what: Shown, *, most: int = MOST, live: str = "") -> str:
         KeelError: plotly or jinja2 is not installed.
     """
     template = _template("page.html")
-    blobs = {} if live else {"data": packed(as_json(payload(what, most))), "plotly": packed_plotly()}
+    blobs = {} if live else _blobs(payload(what, most))
     # of the content, so that the same runs give the same file, and no completion can hold it
     nonce = secrets.token_hex(16) if live else hashlib.sha256("".join(blobs.values()).encode()).hexdigest()[:32]
     return template.render(
@@ -137,6 +137,14 @@ def html(what: Shown, *, most: int = MOST, live: str = "") -> str:
         settings=_settings(what),
         made_with=_made_with(what.runs),
     )
+
+
+def _blobs(told: Mapping[str, Any]) -> dict[str, str]:
+    """Words and figures by themselves, so that they are seen before thousands of completions are unpacked."""
+    apart = ("runs", "rollouts")
+    first = {name: value for name, value in told.items() if name not in apart}
+    said = {name: told[name] for name in apart}
+    return {"data": packed(as_json(first)), "said": packed(as_json(said)), "plotly": packed_plotly()}
 
 
 def index_html(entries: Sequence[Mapping[str, str]]) -> str:

@@ -3,7 +3,8 @@ const NONCE = document.currentScript.nonce, LIVE = document.body.dataset.live;
 
 async function packed(name) {
   if (LIVE) { const answer = await fetch(`${LIVE}${name}`); if (!answer.ok) throw new Error(`${name}: ${answer.status}`); return answer.text(); }
-  const bytes = Uint8Array.from(atob($(`blob-${name}`).textContent), (letter) => letter.charCodeAt(0));
+  const text = $(`blob-${name}`).textContent;
+  const bytes = Uint8Array.fromBase64 ? Uint8Array.fromBase64(text) : Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
   return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
 }
 
@@ -13,8 +14,8 @@ function show(told) {
   stage = told.head.stage;
   $("headline").textContent = told.head.headline;
   $("notes").replaceChildren(...told.head.notes.map((note) => make("li", "", note)));
-  reader.load(told.rollouts, told.runs);
   charts.show(told.series, told.figures);
+  if (told.runs) reader.load(told.rollouts, told.runs);
 }
 
 function keys(event) {
@@ -73,6 +74,10 @@ async function open_page() {
   $("help").addEventListener("click", () => $("keys").showModal());
   document.addEventListener("keydown", keys);
   show(JSON.parse(await packed("data")));
+  if (!LIVE) {
+    const said = JSON.parse(await packed("said"));
+    reader.load(said.rollouts, said.runs);
+  }
   document.documentElement.dataset.ready = String(Math.round(performance.now()));
   if (LIVE) { $("live").textContent = "live"; follow(null); }
 }
