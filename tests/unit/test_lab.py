@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
+from keel.config import load_config
 from keel.errors import KeelError
 from keel.evaluate.estimates import mean_interval
 from keel.lab.command import run, tabulated
@@ -21,6 +22,7 @@ from keel.lab.measures import Point, collapsed_at
 from keel.lab.results import Outcome, outcome, table
 from keel.lab.runner import Job, folder_name, jobs_of, run_jobs, write_plan
 from keel.lab.study import Collapse, Study, load_study, shipped_studies
+from keel.lab.sweep import chosen, jobs_of_sweep, swept_arms
 from keel.run_folder import toml_of
 from keel.settings import nested
 
@@ -235,6 +237,82 @@ def test_the_command_runs_a_file(tmp_path, capsys):
         and told == json.loads((tmp_path / "out" / "results.json").read_text())
     )
     assert run(None) == 0
+
+
+SWEEP = """
+name = "swept"
+question = "Is it?"
+seeds = 1
+sweep_seeds = 2
+[base]
+steps = 2
+train.prompts_per_step = 2
+train.group_size = 2
+evaluation.prompts = 16
+evaluation.samples = 1
+evaluation.every = 0
+sampling.max_completion_tokens = 8
+[sweep]
+train.lr = [1e-5, 1e3]
+[arms.first]
+[arms.warm]
+sampling.temperature = 1.2
+[[predictions]]
+says = "warmer is worse"
+arm = "warm"
+expect = "lower"
+"""
+
+
+def test_a_sweep_comes_first_on_other_seeds_and_its_best_value_is_taken(tmp_path, capsys):
+    file, out = tmp_path / "swept.toml", tmp_path / "out"
+    file.write_text(SWEEP)
+    assert run(str(file), out=str(out)) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("Too small to tell: warmer is worse.") and "at the edge of what was tried" in printed
+    told = json.loads((out / "results.json").read_text())
+    assert [each["arm"] for each in told["sweep"]] == ["first", "warm"] and all(each["runs"] == 4 for each in told["sweep"])
+    for each in told["sweep"]:
+        assert each["value"] == float(max(each["means"], key=each["means"].get)) and each["tokens"] > 0
+        assert load_config(str(out / each["arm"] / "0" / "config.toml")).train.lr == each["value"]
+    seeds = {load_config(str(path)).seed for path in (out / "_sweep").glob("*/*/*/config.toml")}
+    assert seeds == {1_000_000, 1_000_001}
+
+
+def test_a_run_that_failed_in_a_sweep_counts_as_nothing_right(tmp_path):
+    plan = study(sweep={"train": {"lr": [1e-3, 1e-4]}}, sweep_seeds=1)
+    arms = plan.resolved_arms()
+    jobs = jobs_of_sweep(plan, arms, tmp_path)
+    for job, end in zip(jobs, (0.3, None, 0.5, 0.6), strict=True):
+        job.out.mkdir(parents=True)
+        (job.out / "metrics.jsonl").write_text(json.dumps({"step": 2, "tokens/total": 9, "eval/pass@1": end or 0.9}) + "\n")
+        (job.out / "summary.json").write_text("{}")
+        if end is None:
+            job.out.with_name(f"{job.out.name}.failed.txt").write_text("boom")
+    found = chosen(plan, arms, jobs)
+    assert [each.value for each in found] == [1e-3, 1e-4] and found[0].means == {1e-3: 0.3, 1e-4: 0.0}
+    assert [arm.config.train.lr for arm in swept_arms(arms, found)] == [1e-3, 1e-4]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"sweep": {"train.lr": [1e-3]}}, "one setting with two values"),
+        ({"sweep": {"train.lr": [1e-3, 1e-2], "steps": [1, 2]}}, "one setting with two values"),
+        ({"sweep": {"train.lr": [1e-3, 1e-2]}, "arms": {"first": {}, "own": {"train": {"lr": 1}}}}, "which the sweep chooses"),
+        ({"sweep": {"train.lrr": [1e-3, 1e-2]}}, "There is no setting 'train.lrr'"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused(changes, said):
+    with pytest.raises(KeelError, match=said):
+        study(**changes).resolved_arms()
+
+
+def test_what_has_ended_can_be_judged_without_a_run(tmp_path, capsys):
+    file = tmp_path / "mine.toml"
+    file.write_text('name = "mine"\nquestion = "Is it?"\n[base]\nsteps = 2\n[arms.only]\n')
+    assert run(str(file), out=str(tmp_path / "out"), judge_only=True) == 0 and "only" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "only").exists()
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def test_few_seeds_hint():
 
 @pytest.mark.parametrize(("changes", "why"), [
     ({"missing": ("b, seed 3 failed: boom",)}, "pairs are missing"),
-    ({"last_resort": ("a quick size",)}, "a quick size"),
+    ({"reservations": ("a quick size",)}, "a quick size"),
 ])  # fmt: skip
 def test_what_else_makes_a_hint(changes, why):
     told = judge([Pairs(expected(), tuple(range(10)), tuple((0.6 + SPREAD).tolist()), (0.5,) * 10, **changes)])[0]
@@ -101,9 +101,12 @@ def test_what_more_seeds_would_tell_is_said():
     assert verdict("higher", 0.0, 0.0).seeds_needed is None and "no number of seeds" in verdict("higher", 0.0, 0.0).words
 
 
-def test_differences_without_spread_tell_all():
-    told = Pairs(expected("equal", 1e-9), tuple(range(10)), (0.5,) * 10, (0.5,) * 10)
-    assert judge([told])[0].verdict == "supported" and judge([told])[0].p == 0.0
+def test_runs_that_do_the_same_are_equal_and_no_more():
+    same = Pairs(expected("equal", 1e-9), tuple(range(10)), (0.5,) * 10, (0.5,) * 10)
+    assert judge([same])[0].verdict == "supported" and judge([same])[0].p == 0.0
+    assert judge([Pairs(expected(), same.seeds, same.arm, same.reference)])[0].verdict == OPEN
+    few = Pairs(expected(), (0, 1, 2, 3, 4), (0.75,) * 5, (0.5,) * 5)  # coarse values: five times the same step
+    assert judge([few])[0].p == pytest.approx(0.0625) and judge([few])[0].verdict == OPEN
 
 
 def test_one_pair_tells_nothing():
@@ -114,8 +117,8 @@ def test_one_pair_tells_nothing():
 
 
 def test_a_factor_of_two_is_one_in_log2():
-    told = Pairs(expected("lower", 1.0, scale="log2"), (0, 1), (1.0, 2.0), (4.0, 8.0))
-    assert told.differences.tolist() == [-2.0, -2.0] and judge([told])[0].verdict == "points to it"
+    told = Pairs(expected("lower", 1.0, scale="log2"), (0, 1, 2), (1.0, 2.0, 4.0), (4.0, 8.0, 17.0))
+    assert told.differences[:2].tolist() == [-2.0, -2.0] and judge([told])[0].verdict == "points to it"
 
 
 # ── predictions ───────────────────────────────────────────────────────────────────────────────────────────────────────

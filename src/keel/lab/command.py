@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from keel.files import write_atomically
 from keel.lab.differences import check_folder
-from keel.lab.results import compact, results
-from keel.lab.runner import jobs_of, run_jobs, write_plan
+from keel.lab.results import Results, compact, results
+from keel.lab.runner import Job, jobs_of, run_jobs, write_plan
 from keel.lab.study import Arm, Study, load_study, shipped_studies
+from keel.lab.sweep import chosen, jobs_of_sweep, swept_arms
 
 
 def run(
@@ -24,8 +26,14 @@ def run(
     workers: int = 2,
     plan_only: bool = False,
     as_json: bool = False,
+    judge_only: bool = False,
 ) -> int:
-    """Run a study to its end, or go on with it; without a source, list those that are shipped."""
+    """Run a study to its end, or go on with it; without a source, list those that are shipped.
+
+    Args:
+        plan_only: print the arms and stop.
+        judge_only: start no run, and judge by those that have ended.
+    """
     if source is None:
         for name, path in shipped_studies().items():
             print(f"{name:<24} {load_study(str(path)).question}")
@@ -34,20 +42,43 @@ def run(
     arms = study.resolved_arms(quick)
     count = study.seeds_for(seeds, quick)
     place = Path(out or f"runs/study-{study.name}{'-quick' if quick else ''}")
-    jobs = jobs_of(study, arms, place, count)
-    if plan_only or not as_json:
-        print(described(study, arms, count))
+    print(described(study, arms, count), file=sys.stdout if plan_only else sys.stderr)
     if plan_only:
         return 0
-    for job in jobs:
-        check_folder(job.out, job.config)
-    registered = write_plan(study, arms, jobs, place)
-    run_jobs(jobs, workers, lambda text: print(text, file=sys.stderr, flush=True))
-    found = results(study, jobs, quick, registered)
+    found = run_study(study, arms, place, count, 0 if judge_only else workers, quick)
     told = compact(found.record(study, count, quick))
     write_atomically(place / "results.json", told)
-    print(told if as_json else "\n".join([*found.headline, *[""] * bool(found.headline), tabulated(found.rows), *found.notes]))
+    print(told if as_json else in_words(found))
     return 1 if any(row["failed"] for row in found.rows) else 0
+
+
+def run_study(study: Study, arms: Sequence[Arm], place: Path, seeds: int, workers: int, quick: bool = False) -> Results:
+    """Everything between a plan and what it came to: the sweep if there is one, then every arm under every seed.
+
+    Args:
+        workers: runs at a time; with 0 none is started, and those on disk are judged.
+    """
+    trials = jobs_of_sweep(study, arms, place)
+    registered = write_plan(study, arms, jobs_of(study, arms, place, seeds), place)
+    _run(trials, workers)
+    swept = chosen(study, arms, trials)
+    arms = swept_arms(arms, swept)
+    jobs = jobs_of(study, arms, place, seeds)
+    _run(jobs, workers)
+    return replace(results(study, jobs, quick, registered), sweep=tuple(swept))
+
+
+def _run(jobs: Sequence[Job], workers: int) -> None:
+    for job in jobs:
+        check_folder(job.out, job.config)
+    if jobs and workers:
+        run_jobs(jobs, workers, lambda text: print(text, file=sys.stderr, flush=True))
+
+
+def in_words(found: Results) -> str:
+    """The verdicts first, then the arms, then what else must be known."""
+    sweep = [each.words for each in found.sweep]
+    return "\n".join([*found.headline, *[""] * bool(found.headline), tabulated(found.rows), *sweep, *found.notes])
 
 
 def described(study: Study, arms: Sequence[Arm], seeds: int) -> str:
@@ -55,6 +86,9 @@ def described(study: Study, arms: Sequence[Arm], seeds: int) -> str:
     lines = [study.question, *(f"{name}: {text}" for name in ("source", "prediction") if (text := getattr(study, name)))]
     lines += [f"predicted: {each.says}" for each in study.predictions]
     lines += [f"{len(arms)} arms × {seeds} seeds:"]
+    for setting, values in study.sweep.items():
+        told = ", ".join(f"{value:g}" for value in values)
+        lines += [f"(before that each arm tries {setting} = {told} on {study.sweep_seeds} other seeds and takes the best one)"]
     return "\n".join([*lines, *(f"  {arm.name:<32} {_changes(arm.difference)}" for arm in arms), ""])
 
 

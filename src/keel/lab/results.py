@@ -169,7 +169,7 @@ def _last_line(text: str) -> str:
 # ── predictions ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def pairs_of(prediction: Prediction, outcomes: Sequence[Outcome], last_resort: Sequence[str] = ()) -> Pairs:
+def pairs_of(prediction: Prediction, outcomes: Sequence[Outcome], reservations: Sequence[str] = ()) -> Pairs:
     """What a prediction compares, seed by seed, with a reason for each pair that is not whole."""
     of = _by_arm(outcomes)
     reference = prediction.reference(list(of))
@@ -182,7 +182,7 @@ def pairs_of(prediction: Prediction, outcomes: Sequence[Outcome], last_resort: S
         for run in _members(of, prediction.arm, reference, seed)
         if not math.isfinite(run.at(prediction.logged, "end"))
     ]
-    return Pairs(prediction, tuple(seeds), *(tuple(side) for side in zip(*found, strict=True)), tuple(absent), tuple(last_resort))
+    return Pairs(prediction, tuple(seeds), *(tuple(side) for side in zip(*found, strict=True)), tuple(absent), tuple(reservations))
 
 
 def _members(of: Mapping[str, Mapping[int, Outcome]], arm: str, reference: str, seed: int) -> list[Outcome]:
@@ -216,12 +216,13 @@ def _why(told: Prediction, run: Outcome) -> str:
 
 @dataclass(frozen=True)
 class Results:
-    """A study's rows and verdicts. `notes` say what a reader must know besides."""
+    """A study's rows and verdicts. `notes` say what a reader must know besides; `sweep` is what arms chose, of keel.lab.sweep."""
 
     rows: list[dict[str, Any]]
     verdicts: list[Verdict]
     curves: list[dict[str, Any]]
     notes: tuple[str, ...] = ()
+    sweep: tuple[Any, ...] = ()
 
     @property
     def headline(self) -> list[str]:
@@ -240,6 +241,7 @@ class Results:
             "collapse": study.collapse.model_dump(),
             "predictions": [asdict(verdict) for verdict in self.verdicts],
             "arms": [row | curves for row, curves in zip(self.rows, self.curves, strict=True)],
+            "sweep": [{**asdict(each), "means": {f"{k:g}": v for k, v in each.means.items()}} for each in self.sweep],
             "notes": list(self.notes),
         })  # fmt: skip
 

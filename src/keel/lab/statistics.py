@@ -99,7 +99,10 @@ def probability_of_improvement(a: Float[np.ndarray, " A"], b: Float[np.ndarray, 
 
 
 def t_above(values: Float[np.ndarray, "*rows S"], bound: float = 0.0) -> np.ndarray:
-    """One-sided p of the paired t test: small where the mean lies above `bound`. Values without any spread tell all or nothing."""
+    """One-sided p of the paired t test: small where the mean lies above `bound`.
+
+    Where values have no spread at all, as coarse ones may, it is that of the sign-flip test: half to the power of their number.
+    """
     from scipy.stats import t
 
     n = values.shape[-1]
@@ -107,9 +110,9 @@ def t_above(values: Float[np.ndarray, "*rows S"], bound: float = 0.0) -> np.ndar
     if n < 2:
         return np.ones_like(shift)
     error = values.std(-1, ddof=1) / math.sqrt(n)
-    certain = np.where(shift > 0, 0.0, 1.0)
+    flat = np.select([shift > 0, shift < 0], [0.5**n, 1 - 0.5**n], 0.5)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(error > 0, t.sf(shift / error, n - 1), certain)
+        return np.where(error > 0, t.sf(shift / error, n - 1), flat)
 
 
 def sign_flip(values: Float[np.ndarray, " S"], seed: int, bound: float = 0.0) -> float:

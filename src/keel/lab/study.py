@@ -80,6 +80,10 @@ class Study(Section):
     confirm_seeds: int = Field(10, ge=10, description="seeds from which on a verdict is more than a hint")
     collapse: Collapse = Field(default_factory=Collapse, description="when a run counts as collapsed")
     varies_budget: bool = Field(False, description="whether arms may differ in what they sample")
+    sweep: dict[str, tuple[float, ...]] = Field(
+        default_factory=dict, description="one setting and its values: each arm chooses the best one first, on seeds of its own"
+    )
+    sweep_seeds: int = Field(2, ge=1, description="runs of each arm at each value of the sweep")
     base: dict[str, Any] = Field(default_factory=dict, description="settings of all arms")
     quick: dict[str, Any] = Field(default_factory=dict, description="settings of a quick look, on top of the base")
     quick_seeds: int = Field(2, ge=1, description="runs of each arm in a quick look")
@@ -96,6 +100,19 @@ class Study(Section):
     @classmethod
     def _read(cls, given: Any) -> Any:
         return [Prediction(**each) if isinstance(each, dict) else each for each in given] if isinstance(given, list) else given
+
+    @field_validator("sweep", mode="before")
+    @classmethod
+    def _swept(cls, given: Any) -> Any:
+        """Let it be written as tables, as any setting."""
+        return dotted(given) if isinstance(given, dict) else given
+
+    @field_validator("sweep", mode="after")
+    @classmethod
+    def _one_setting(cls, given: dict[str, tuple[float, ...]]) -> dict[str, tuple[float, ...]]:
+        if len(given) > 1 or any(len(set(values)) < 2 for values in given.values()):
+            raise KeelError(f"sweep is {given}. Expected one setting with two values or more, such as train.lr = [1e-4, 2e-4].")
+        return given
 
     def seeds_for(self, wanted: int | None = None, quick: bool = False) -> int:
         """Runs of each arm.
@@ -134,6 +151,13 @@ class Study(Section):
             raise KeelError(f"The base of study {self.name!r} sets {', '.join(held)}. Expected it not to: the runner does.")
         plain = _config(self.name, "the base", base, {})
         arms = [_arm(self.name, name, base, plain, changes) for name, changes in self.overlays().items()]
+        for arm in arms:
+            if held := arm.changes.keys() & self.sweep.keys():
+                raise KeelError(
+                    f"Arm {arm.name!r} of study {self.name!r} sets {held.pop()}, which the sweep chooses. Expected one of the two."
+                )
+            for setting, values in self.sweep.items():
+                _config(self.name, f"{arm.name} at {setting} = {values[0]}", base, arm.changes | {setting: values[0]})
         for prediction in self.predictions:
             prediction.check({arm.name: arm.config for arm in arms})
         if not self.varies_budget:

@@ -52,7 +52,7 @@ class Pairs:
         seeds: of all pairs that were planned.
         arm, reference: a number for each of them; NaN where there is none.
         missing: why, in words, for each pair that is not whole.
-        last_resort: reasons why a verdict can be no more than a hint, besides few seeds and missing pairs.
+        reservations: reasons why a verdict can be no more than a hint, besides few seeds and missing pairs.
     """
 
     prediction: Prediction
@@ -60,7 +60,7 @@ class Pairs:
     arm: tuple[float, ...]
     reference: tuple[float, ...]
     missing: tuple[str, ...] = ()
-    last_resort: tuple[str, ...] = ()
+    reservations: tuple[str, ...] = ()
 
     @property
     def differences(self) -> np.ndarray:
@@ -144,7 +144,7 @@ def decide(differences: np.ndarray, expect: str, margin: float) -> tuple[str, fl
     ours = -differences if expect == "lower" else differences
     mean = float(ours.mean())
     if expect == "equal":
-        inside = max(float(t_above(ours, -margin)), float(t_above(-ours, -margin)))
+        inside = float(_inside(ours, margin))
         outside = 2 * min(float(t_above(ours, margin)), float(t_above(-ours, margin)))
         return (SUPPORTED, inside) if abs(mean) <= margin else (REFUTED, min(1.0, outside))
     above = float(t_above(ours, margin))
@@ -162,10 +162,16 @@ def calls(differences: np.ndarray, expect: str, margin: float) -> tuple[np.ndarr
     """
     ours = -differences if expect == "lower" else differences
     if expect == "equal":
-        supported = np.maximum(t_above(ours, -margin), t_above(-ours, -margin)) < ALPHA
-        return supported, 2 * np.minimum(t_above(ours, margin), t_above(-ours, margin)) < ALPHA
+        return _inside(ours, margin) < ALPHA, 2 * np.minimum(t_above(ours, margin), t_above(-ours, margin)) < ALPHA
     above = t_above(ours, margin)
     return 2 * above < ALPHA, 2 * (1 - above) < ALPHA
+
+
+def _inside(differences: np.ndarray, margin: float) -> np.ndarray:
+    """The larger p of two one-sided tests. Differences that are all the same, as of runs that do the same, leave no doubt."""
+    larger = np.maximum(t_above(differences, -margin), t_above(-differences, -margin))
+    same = np.ptp(differences, axis=-1) == 0
+    return np.where(same, np.where(np.abs(differences.mean(-1)) <= margin, 0.0, 1.0), larger)
 
 
 def _verdict(pairs: Pairs, lean: str, p: float, p_holm: float, family: int, confirm_seeds: int) -> Verdict:
@@ -227,7 +233,7 @@ def _improvement(pairs: Pairs) -> float:
 def _why_a_hint(pairs: Pairs, n: int, confirm_seeds: int) -> tuple[str, ...]:
     told = [f"{n} seeds, and a verdict takes {confirm_seeds}"] if n < confirm_seeds else []
     told += ["pairs are missing"] if pairs.missing else []
-    return (*told, *pairs.last_resort)
+    return (*told, *pairs.reservations)
 
 
 def _seeds_needed(found: np.ndarray, told: Prediction, alpha: float) -> int | None:
