@@ -215,7 +215,7 @@ def results(place, **told):
 
 def test_verdicts_come_first_in_a_study(study_folder):
     results(study_folder)
-    assert page.head(shown([study_folder]))["headline"] == "b · c ends above a."
+    assert page.head(shown([study_folder]))["headline"] == "“b · c” ends above “a”."
     results(study_folder, predictions=[{"says": "b ends above a.", "verdict": "supported", "words": "+0.2 (0.1 to 0.3)"}])
     text = html(shown([study_folder]))
     assert re.search(r"<h1[^>]*>([^<]*)</h1>", text)[1] == "Supported: b ends above a."

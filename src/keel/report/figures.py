@@ -326,7 +326,7 @@ def _errors(ends: Sequence[tuple[float, float, float]], colour: str) -> dict[str
 def _figure(
     title: str, note: str, traces: list[dict[str, Any]], x: str, *, log: bool = False, zero: bool = True, flat: str = ""
 ) -> dict[str, Any]:
-    y_axis: dict[str, Any] = {"type": "log", "exponentformat": "power", "dtick": 1} if log else {}
+    y_axis: dict[str, Any] = {"type": "log", "tickformat": "~e"} if log else {}
     if zero and not log:
         y_axis["rangemode"] = "tozero"
     x_axis: dict[str, Any] = {"title": {"text": x}} | ({"rangemode": "tozero"} if x == TOKENS else {})

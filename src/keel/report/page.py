@@ -107,6 +107,8 @@ def head(what: Shown) -> dict[str, Any]:
 
 def _study_notes(study: StudyData) -> list[str]:
     told = [f"{study.ended} of {study.planned} runs have ended."] if study.results and study.ended < study.planned else []
+    if study.rows and not any(each.verdict != "not judged yet" for each in study.predictions):
+        told.append("No prediction was judged. Intervals are of each arm alone, and not corrected for comparing several.")
     return told + [f"Failed: {where}: {why}" for where, why in study.failed.items()]
 
 

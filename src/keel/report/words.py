@@ -39,27 +39,23 @@ def _differences(study: StudyData) -> str:
     if not study.rows:
         return "No arm has results yet."
     first, *others = study.rows
-    apart = {"above": [], "below": []}
-    for row in others:
-        found = triple(row.get("difference"))
-        if found and math.isfinite(found[1]) and not found[1] <= 0 <= found[2]:
-            apart["above" if found[0] > 0 else "below"].append(row["arm"])
-    if all(not math.isfinite(found[1]) for row in others if (found := triple(row.get("difference")))):
+    if not others:
+        return f"One arm: held-out pass@1 ends at {with_interval(first.get('pass@1'))}."
+    found = {row["arm"]: triple(row.get("difference")) for row in others}
+    known = {arm: value for arm, value in found.items() if value and math.isfinite(value[1])}
+    if not known:
         return "One seed an arm: no difference between arms can be told from luck yet."
-    if not any(apart.values()):
-        return f"No arm differs from {first['arm']} by more than its seeds do."
-    told = [
-        f"{_listed(names)} {'end' if len(names) > 1 else 'ends'} {side} {first['arm']}" for side, names in apart.items() if names
-    ]
-    return f"{'; '.join(told)}{'' if sum(map(len, apart.values())) == len(others) else '; the rest is too small to tell'}."
+    above = [arm for arm, (_, low, _) in known.items() if low > 0]
+    below = [arm for arm, (_, _, high) in known.items() if high < 0]
+    if not above and not below:
+        return f"No arm differs from “{first['arm']}” by more than its seeds do."
+    told = [f"{_ends_of(names)} {side} “{first['arm']}”" for names, side in ((above, "above"), (below, "below")) if names]
+    told += ["the rest is too small to tell"] if len(above) + len(below) < len(others) else []
+    return f"{'; '.join(told)}."
 
 
-def difference_said(row: dict[str, Any], first: str) -> str:
-    """An arm against the first."""
-    found = triple(row.get("difference"))
-    if found is None:
-        return "no result"
-    return f"{signed(found[0])} against {first}{_bounds(found, signed)}"
+def _ends_of(names: Sequence[str]) -> str:
+    return f"{_listed([f'“{name}”' for name in names])} {'end' if len(names) > 1 else 'ends'}"
 
 
 def run_headline(run: RunData) -> str:
