@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
 from keel.errors import KeelError
-from keel.lab.calibration import calibrate, differences
+from keel.lab.calibration import calibrate, differences, recorded
 from keel.lab.predictions import Prediction
 from keel.lab.statistics import ALPHA, minimum_detectable
 from keel.lab.verdicts import SUPPORTED, Pairs, calls, decisions
@@ -68,6 +70,21 @@ def test_values_that_cannot_be_drawn_from_are_refused():
         calibrate(np.array([[0.5, np.nan]]), 5)
     with pytest.raises(KeelError, match="at least two"):
         calibrate(np.array([[0.5]]), 5)
+
+
+def test_recorded_runs_are_read_from_a_study_folder(tmp_path):
+    (tmp_path / "study.json").write_text(json.dumps({"arms": {"a": {}, "b · c": {}}}))
+    for arm, ends in {"a": [0.5, 0.6, 0.7], "b-c": [0.4, 0.3, None]}.items():
+        for seed, end in enumerate(ends):
+            place = tmp_path / arm / str(seed)
+            place.mkdir(parents=True)
+            (place / "metrics.jsonl").write_text(json.dumps({"step": 1, "eval/pass@1": end}) + "\n")
+            (place / "summary.json").write_text("{}")
+    assert recorded(tmp_path).tolist() == [[0.5, 0.6], [0.4, 0.3]]  # the third seed has no pair
+    with pytest.raises(KeelError, match="0 seeds under which every arm logs 'eval/pass@8'"):
+        recorded(tmp_path, "eval/pass@8")
+    with pytest.raises(KeelError, match="not a study folder"):
+        recorded(tmp_path / "a")
 
 
 def test_a_whole_study_of_nulls_calls_one_in_at_most_5_percent():

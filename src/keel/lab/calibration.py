@@ -7,12 +7,19 @@ the second as often as its minimum detectable effect says.
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
 
 from keel.errors import KeelError
+from keel.files import read_jsonl
+from keel.lab.measures import series, value_at
+from keel.lab.places import folder_name
+from keel.lab.predictions import VALIDATION, At
 from keel.lab.statistics import POWER, minimum_detectable, minimum_margin
 from keel.lab.verdicts import calls
 
@@ -73,7 +80,8 @@ def calibrate(
             f"Recorded values of shape {values.shape}{state} cannot be drawn from. "
             "Expected one row an arm with at least two finite numbers."
         )
-    sd = float(np.sqrt(2 * values.var(axis=1, ddof=1).mean()))  # of a difference
+    disjoint = values.shape[1] >= 2 * seeds
+    sd = float(np.sqrt(2 * values.var(axis=1, ddof=int(disjoint)).mean()))  # of a difference of two draws
     planted = minimum_detectable(sd, seeds) if effect is None else effect
     margin = minimum_margin(sd, seeds)
     nothing = differences(values, seeds, draws, np.random.default_rng(seed))
@@ -90,6 +98,33 @@ def calibrate(
         equal_wrong=float(calls(nothing + margin, "equal", margin)[0].mean()),
         error=3 * float(np.sqrt(0.05 * 0.95 / draws)),
     )
+
+
+def recorded(place: Path, metric: str = VALIDATION, at: At = "end") -> Float[np.ndarray, "arms S"]:
+    """One number of every run of a study folder, for the seeds under which all arms that ended came to one.
+
+    Args:
+        metric, at: as in a prediction, but for places that need another arm or metric.
+
+    Raises:
+        KeelError: it is no study folder, or not two seeds are whole.
+    """
+    if not (place / "study.json").is_file():
+        raise KeelError(f"{str(place)!r} is not a study folder: it has no study.json. Expected one that `keel study` made.")
+    arms = json.loads((place / "study.json").read_text(encoding="utf-8"))["arms"]
+    found = [{run.name: _number(run, metric, at) for run in sorted((place / folder_name(arm)).glob("[0-9]*"))} for arm in arms]
+    seeds = [seed for seed in found[0] if all(math.isfinite(mine.get(seed, math.nan)) for mine in found)]
+    if len(seeds) < 2:
+        raise KeelError(
+            f"{place} has {len(seeds)} seeds under which every arm logs {metric!r}. Expected two or more: run it further."
+        )
+    return np.array([[mine[seed] for seed in seeds] for mine in found])
+
+
+def _number(run: Path, metric: str, at: At) -> float:
+    if not (run / "summary.json").is_file():
+        return math.nan
+    return value_at(series(read_jsonl(run / "metrics.jsonl"), [metric])[metric], metric, at)
 
 
 def differences(

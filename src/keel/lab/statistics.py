@@ -1,7 +1,7 @@
 """Statistics of a few paired runs: pure functions of arrays. Differences are between two arms at the same seed.
 
-With 5 seeds the smallest two-sided p of a sign-flip test is .0625, and a bootstrap interval of 95 % covers about 85 %: so verdicts
-rest on the paired t, and the bootstrap and the sign-flip test stand beside it.
+With 5 seeds the smallest two-sided p of a sign-flip test is .0625, and a BCa bootstrap interval of 95 % covers 85 % (89 % with 10,
+92 % with 20, of normal values): so verdicts rest on the paired t, and the bootstrap and the sign-flip test stand beside it.
 """
 
 from __future__ import annotations
