@@ -11,7 +11,7 @@ import pytest
 from keel.errors import KeelError
 from keel.lab.measures import Point, mean_over_tokens, series, value_at
 from keel.lab.predictions import Prediction
-from keel.lab.results import Outcome, Results, compact, pairs_of, results, table
+from keel.lab.results import Outcome, Results, compact, pairs_of, results, table, unlike_tokens
 from keel.lab.runner import Job
 from keel.lab.study import Study
 from keel.lab.verdicts import OPEN, Pairs, calls, decide, judge
@@ -226,6 +226,12 @@ def test_an_arm_is_compared_with_its_start_or_a_number():
 def test_equal_tokens_are_those_of_the_shorter_run():
     runs = [run("a", 0, 0.7, tokens=10.0), run("b", 0, 0.9, tokens=20.0)]
     assert pairs_of(expected(at="equal-tokens"), runs).differences == pytest.approx([0.7 - 0.7])
+
+
+def test_unlike_numbers_of_tokens_are_told():
+    rows = table([run("a", 0, 0.7, tokens=100.0), run("b", 0, 0.9, tokens=120.0)])
+    assert unlike_tokens(rows) == ("Arms generated unlike numbers of tokens: a 100 a run, b 120.",)
+    assert unlike_tokens(rows[:1]) == () == unlike_tokens(rows, share=0.2)
 
 
 def test_a_crash_is_a_collapse_at_its_last_step():

@@ -99,10 +99,11 @@ def _changes(changes: dict[str, Any]) -> str:
 def tabulated(rows: Sequence[dict[str, Any]]) -> str:
     """Arms as lines: means with 95 % t intervals over seeds."""
     width = max(len(row["arm"]) for row in rows)
-    head = f"{'arm':<{width}}  {'pass@1':^20}  {'sampler':^20}  {'against the first':^23}  collapsed  k3 gap"
+    head = f"{'arm':<{width}}  {'pass@1':^20}  {'sampler':^20}  {'against the first':^23}  collapsed  k3 gap   tokens"
     lines = [
         f"{row['arm']:<{width}}  {_interval(row['pass@1'])}  {_interval(row['sampler pass@1'])}  "
-        f"{_interval(row['difference'], '+')}  {row['collapsed']:>4} of {row['runs']:<2}  {_plain(row.get('gap/k3_nats'))}"
+        f"{_interval(row['difference'], '+')}  {row['collapsed']:>4} of {row['runs']:<2}  {_plain(row.get('gap/k3_nats')):<7}  "
+        f"{_plain(row['tokens'], ',.0f')}"
         for row in rows
     ]
     return "\n".join([head, *lines])
@@ -115,5 +116,5 @@ def _interval(value: tuple[float, float, float], sign: str = "") -> str:
     return f"{mean:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
 
 
-def _plain(value: tuple[float, float, float] | None) -> str:
-    return "-" if value is None or not math.isfinite(value[0]) else f"{value[0]:.2g}"
+def _plain(value: tuple[float, float, float] | None, form: str = ".2g") -> str:
+    return "-" if value is None or not math.isfinite(value[0]) else f"{value[0]:{form}}"

@@ -140,6 +140,7 @@ def _row(arm: str, runs: Mapping[int, Outcome], first: Mapping[int, Outcome]) ->
         "sampler pass@1": _told([run.last_sampler for run in runs.values()]),
         "difference": _told(paired),
         "best": _told([run.at(VALIDATION, "best") for run in runs.values()]),
+        "tokens": _told([run.tokens for run in runs.values()]),
         "iqm": (float(iqm(ends)), *bootstrap_interval(ends, 0, iqm)) if len(ends) else (math.nan,) * 3,
         **{name: _told([run.numbers.get(name, math.nan) for run in runs.values()]) for name in sorted(names)},
     }
@@ -154,7 +155,6 @@ def _curves(runs: Mapping[int, Outcome]) -> dict[str, Any]:
     """Every seed's held-out curve over generated tokens, when runs collapsed, and why runs failed."""
     fell = [float(run.collapsed_step) for run in runs.values() if run.collapsed_step is not None]
     return {
-        "tokens": _told([run.tokens for run in runs.values()]),
         "curves": {str(seed): [[p.step, p.tokens, p.value] for p in run.curve] for seed, run in runs.items()},
         "collapsed_at": {str(seed): run.collapsed_step for seed, run in runs.items() if run.collapsed},
         "survival": asdict(survival(fell, [float(run.steps) for run in runs.values() if not run.collapsed])),
@@ -260,8 +260,17 @@ def results(study: Study, jobs: Sequence[Job], quick: bool = False, registered: 
         for each in study.predictions
     ]
     curves = [_curves(runs) for runs in _by_arm(outcomes).values()]
-    notes = check_origins([job.out for job in jobs])
-    return Results(table(outcomes), judge(pairs, study.confirm_seeds), curves, notes)
+    rows, notes = table(outcomes), check_origins([job.out for job in jobs])
+    return Results(rows, judge(pairs, study.confirm_seeds), curves, (*unlike_tokens(rows), *notes))
+
+
+def unlike_tokens(rows: Sequence[Mapping[str, Any]], share: float = 0.1) -> tuple[str, ...]:
+    """A sentence where arms of one budget generated unlike numbers of tokens in the end: completions grew longer or shorter."""
+    spent = {row["arm"]: row["tokens"][0] for row in rows if math.isfinite(row["tokens"][0])}
+    if not spent or max(spent.values()) <= (1 + share) * min(spent.values()):
+        return ()
+    least, most = min(spent, key=spent.__getitem__), max(spent, key=spent.__getitem__)
+    return (f"Arms generated unlike numbers of tokens: {least} {spent[least]:,.0f} a run, {most} {spent[most]:,.0f}.",)
 
 
 def compact(record: Mapping[str, Any]) -> str:

@@ -203,7 +203,7 @@ def _verdict(pairs: Pairs, lean: str, p: float, p_holm: float, family: int, conf
     return Verdict(
         says=told.says,
         verdict=kind,
-        words=_words(pairs, verdict, kind, numbers, hint),
+        words=_words(pairs, verdict, kind, numbers, hint, family),
         arm=told.arm,
         against=_against(told),
         metric=told.metric,
@@ -256,7 +256,7 @@ def _against(told: Prediction) -> str:
     return told.against
 
 
-def _words(pairs: Pairs, verdict: str, kind: str, numbers: dict, hint: tuple[str, ...]) -> str:
+def _words(pairs: Pairs, verdict: str, kind: str, numbers: dict, hint: tuple[str, ...], family: int) -> str:
     """The numbers, what the seeds could have seen, and what keeps it from being a verdict."""
     told, n = pairs.prediction, numbers["pairs"]
     if n == 0:
@@ -266,7 +266,7 @@ def _words(pairs: Pairs, verdict: str, kind: str, numbers: dict, hint: tuple[str
     if n > 1:
         level, kind90 = ("90", "90") if told.expect == "equal" and verdict != REFUTED else ("95", "")
         ends = f"{number(numbers[f'low{kind90}'], '+')} to {number(numbers[f'high{kind90}'], '+')}"
-        said[0] += f" ({level} % of {n} pairs: {ends}), {_p(numbers['p_holm'])}"
+        said[0] += f" ({level} % of {n} pairs: {ends}), {_p(numbers['p_holm'])}{' after Holm' if family > 1 else ''}"
     said[0] += f", where {_set(told)} was expected."
     if verdict == OPEN and n > 1:
         said.append(_what_would_tell(told, numbers))
