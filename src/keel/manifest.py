@@ -18,6 +18,7 @@ from keel.errors import KeelError
 from keel.models.policy import Policy
 from keel.objectives.papers import choices
 from keel.objectives.recipes import Recipe
+from keel.rewards.compose import described
 from keel.rollout.engine import Engine, checksum
 from keel.run_folder import environment
 from keel.tasks.task import Task
@@ -54,9 +55,9 @@ def manifest(config: RunConfig, policy: Policy, task: Task, engine: Engine, reci
     }
 
 
-def _grader(task: Task) -> str:
-    """The version of the task's grader, where it tells one: two versions may decide otherwise."""
-    return getattr(getattr(task, "grade", None), "version", "")
+def _grader(task: Task) -> Any:
+    """What the task's grader says of itself: two versions may decide otherwise."""
+    return described(getattr(task, "grade", None))
 
 
 def task_hash(task: Task) -> str:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from keel.diagnostics.metrics import check_names
 from keel.diagnostics.parts import beyond_correct, part_metrics
 from keel.errors import KeelError
-from keel.rewards.compose import Gated, Part, Weighted, grade_many
+from keel.rewards.compose import Gated, Part, Weighted, described, grade_many, spent
 from keel.rewards.exact import exact_anywhere
 from keel.rewards.format import form_of, matches, tagged, written
 from keel.tasks.task import PromptTask, get_task, reward_many
@@ -169,6 +169,27 @@ def test_a_lost_score_is_noticed(make_completion):
 
 
 # ---- what parts are worth --------------------------------------------------------------------------------------------
+
+
+class Paid:
+    """A grader that counts."""
+
+    def __call__(self, prompt, text):
+        return Score(1.0)
+
+    def describe(self):
+        return {"model": "m"}
+
+    def spent(self):
+        return {"requests": 3.0}
+
+
+def test_what_a_made_grader_says_of_itself():
+    made = Gated(form_of("tags:answer"), Weighted({"a": Part(Paid(), 2.0), "b": Paid(), "c": shortness}))
+    assert spent(made) == {"requests": 6.0} and spent(shortness) == {}
+    told = described(made)
+    assert told["gate"] == "format" and told["grader"]["weighted"]["a"] == {"weight": 2.0, "grader": {"model": "m"}}
+    assert described(shortness) == ""
 
 
 def beyond(reward, correct, group, scorable=None):

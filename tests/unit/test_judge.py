@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("openai", reason="the judge needs the openai package: pip install 'keel-rl[judge]'")
 
 from keel.errors import KeelError  # noqa: E402
-from keel.rewards.compose import Part, Weighted  # noqa: E402
+from keel.rewards.compose import Part, Weighted, described  # noqa: E402
 from keel.rewards.exact import exact_anywhere  # noqa: E402
 from keel.rewards.judge import Judge, judge_of  # noqa: E402
 from keel.rewards.judge_prompt import neutral, question  # noqa: E402
@@ -328,7 +328,7 @@ def test_a_real_model_without_a_form_is_heard_or_unscorable(llama):
 
 
 @pytest.mark.slow
-def test_training_asks_the_judge_a_batch_at_a_time(spec, server):
+def test_training_asks_the_judge_a_batch_at_a_time(spec, server, tmp_path):
     """Two steps of training with a judge as the reward: the parts are in the metrics, and questions were asked together."""
     from keel.config import load_config
     from keel.diagnostics.metrics import check_names
@@ -336,8 +336,10 @@ def test_training_asks_the_judge_a_batch_at_a_time(spec, server):
     from keel.rollout.local import LocalEngine
     from keel.training.loop import Trainer, iterate
 
+    sums = [json.dumps({"prompt": f"Q:{i}+4=\n", "answer": str(i + 4)}) for i in range(1, 20)]  # what the model was made for
+    (tmp_path / "rows.jsonl").write_text("\n".join(sums))
     changes = {"model": "tiny-dense", "task": spec, "steps": 2, "train.prompts_per_step": 4, "train.group_size": 4}
-    config = load_config("solid", changes | {"sampling.max_completion_tokens": 8}).resolved()
+    config = load_config("solid", changes | {"sampling.max_completion_tokens": 64}).resolved()
     policy, task = load_policy(config.model), get_task(spec)
     trainer = Trainer(policy, LocalEngine(policy), task, config.chosen(), config)
     for record in iterate(trainer):
@@ -346,4 +348,6 @@ def test_training_asks_the_judge_a_batch_at_a_time(spec, server):
         judged = [score for group in record.groups for score in group.scores if "point.right" in score.parts]
         assert ("reward/part/point.right_mean" in told) == bool(judged) and told["reward/unscorable_frac"] == 0
     assert task.grade.counts.judged == len(server.asked) + task.grade.counts.cache_hits
+    assert told["judge/requests"] == len(server.asked) > 0 and told["judge/judged"] == task.grade.counts.judged
+    assert told["judge/answers_s"] > 0 and described(task.grade)["model"] == task.grade.settings.model
     task.grade.close()

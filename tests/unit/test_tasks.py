@@ -310,3 +310,15 @@ def test_one_half_of_the_held_out_prompts_and_the_other():
     assert [p.id for p in (*first.test, *second.test)] == [p.id for p in whole.test]
     with pytest.raises(KeelError, match="skip_test"):
         get_task("arithmetic:medium?test_size=64&skip_test=64")
+
+
+def test_a_weighted_sum_of_graders(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"prompt": "{i} + 1", "answer": "{i + 1}"}}\n' for i in range(20)))
+    task = get_task(f"jsonl:{rows}?grader=answer,exact*0.5&extract=line")
+    score = task.reward(task.train[0], f"So\n\\boxed{{{task.train[0].answer}}}")
+    assert score.value == 1.0 and score.correct and score.parts == {"answer": 1.0, "exact": 0.0}
+    assert task.reward(task.train[0], task.train[0].answer).value == 1.5
+    for grader, named in [("answer,exact*x", "no weight"), ("answer,guess", "guess"), ("answer,exact&wall_s=3", "wall_s")]:
+        with pytest.raises(KeelError, match=named):
+            get_task(f"jsonl:{rows}?grader={grader}")

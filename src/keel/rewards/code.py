@@ -83,6 +83,10 @@ class CodeGrader:
             return Score(0.0, reason="no program found: expected a block fenced by ```python")
         return self.grade(program, read_tests(prompt.answer, f"prompt {prompt.id!r}"))
 
+    def describe(self) -> dict[str, object]:
+        """For the manifest."""
+        return {"verdict": self.verdict, "total_s": self.total_s, "sandbox": self.sandbox.describe()}
+
     def many(self, asked: Sequence[tuple[Prompt, str]]) -> list[Score]:
         """The verdicts, in order."""
         with ThreadPoolExecutor(self.workers) as pool:

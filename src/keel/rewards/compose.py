@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from keel.errors import KeelError, nearest
 from keel.types import Prompt, Score
@@ -32,6 +34,18 @@ def grade_many(grader: Grader, asked: Sequence[Asked]) -> list[Score]:
     if len(scores) != len(asked):
         raise KeelError(f"A grader gave {len(scores)} scores for {len(asked)} completions. Expected one each, in their order.")
     return scores
+
+
+def described(grader: Grader) -> Any:
+    """What a verdict depends on, for the manifest: what the grader's `describe` or `version` says; "" where it says nothing."""
+    describe = getattr(grader, "describe", None)
+    return describe() if describe is not None else getattr(grader, "version", "")
+
+
+def spent(grader: Grader) -> dict[str, float]:
+    """What a grader has used up so far, by the names of the metrics below judge/; empty where it counts nothing."""
+    count = getattr(grader, "spent", None)
+    return count() if count is not None else {}
 
 
 @dataclass(frozen=True)
@@ -80,6 +94,18 @@ class Weighted:
         columns = {name: grade_many(part.grader, asked) for name, part in self.parts.items()}
         return [self._sum({name: scores[row] for name, scores in columns.items()}) for row in range(len(asked))]
 
+    def describe(self) -> dict[str, Any]:
+        """For the manifest."""
+        parts = {name: {"weight": part.weight, "grader": described(part.grader)} for name, part in self.parts.items()}
+        return {"weighted": parts, "correct": self.correct}
+
+    def spent(self) -> dict[str, float]:
+        """What the parts have used up together."""
+        total: Counter[str] = Counter()
+        for part in self.parts.values():
+            total.update(spent(part.grader))
+        return dict(total)
+
     def _sum(self, scores: Mapping[str, Score]) -> Score:
         for name, score in scores.items():
             if score.value is None or not math.isfinite(score.value):
@@ -113,6 +139,14 @@ class Gated:
         wrong = [self.form(text) for _, text in asked]
         scores = iter(grade_many(self.grader, [pair for pair, fault in zip(asked, wrong, strict=True) if not fault]))
         return [self._shut(fault) if fault else self._through(next(scores)) for fault in wrong]
+
+    def describe(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {"gate": self.name, "closed": self.closed, "grader": described(self.grader)}
+
+    def spent(self) -> dict[str, float]:
+        """What the grader behind the gate has used up."""
+        return spent(self.grader)
 
     def _shut(self, fault: str) -> Score:
         return Score(self.closed, False, f"{self.name}: {fault}", {f"{self.name}.open": 0.0})

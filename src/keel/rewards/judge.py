@@ -83,6 +83,7 @@ class Judge:
         self._tally: Counter[str] = Counter()
         self._failures: Counter[str] = Counter()
         self._latencies: deque[float] = deque(maxlen=LATENCIES)
+        self._waited = 0.0
 
     def __call__(self, prompt: Prompt, text: str) -> Score:
         return self.many([(prompt, text)])[0]
@@ -112,6 +113,16 @@ class Judge:
         """For the manifest: everything that a verdict depends on."""
         s = self.settings
         return {"model": s.model, "revision": s.revision, "base_url": s.base_url, "rubric": self.rubric.name} | self._key_parts()
+
+    def spent(self) -> dict[str, float]:
+        """For the metrics below judge/: what was used up so far. Seconds are those of requests, many of which go on at a time."""
+        c = self.counts
+        told = {
+            "judged": c.judged, "unscorable": c.unscorable, "requests": c.requests, "retries": c.retries, "cache_hits": c.cache_hits,
+            "prompt_tokens": c.prompt_tokens, "completion_tokens": c.completion_tokens, "cost": c.cost,
+            "answers_s": self._waited,
+        }  # fmt: skip
+        return {name: float(value) for name, value in told.items()}
 
     def close(self) -> None:
         """End the connections, the thread and the cache."""
@@ -223,6 +234,7 @@ class Judge:
                 if len(body) > MOST_BYTES:
                     raise Malformed(f"longer than {MOST_BYTES} bytes")
         self._latencies.append(time.perf_counter() - begun)
+        self._waited += self._latencies[-1]
         answer = body_of(bytes(body))
         usage = answer.get("usage") or {}
         for name in ("prompt_tokens", "completion_tokens"):

@@ -9,7 +9,7 @@ from typing import Any
 from keel.errors import KeelError, nearest
 from keel.rewards.answer import AnswerGrader, check_golds
 from keel.rewards.code import CodeGrader, fenced, read_tests
-from keel.rewards.compose import Gated, Grader
+from keel.rewards.compose import Gated, Grader, Part, Weighted
 from keel.rewards.exact import after_marker, exact, exact_anywhere, in_tag, last_line, last_number
 from keel.rewards.format import form_of, written
 from keel.rewards.sandbox import Limits, Sandbox
@@ -25,6 +25,8 @@ EXTRACT: dict[str, Grader] = {
 }
 WRITE = {"tag": "<answer>{}</answer>", "marker": "A:{}"}  # how gold is written where it is not the completion itself
 OF_TABLES = ("prompt", "answer", "answer_after", "extract", "suffix", "test", "grader", "form", "solution")
+LIMITS = {"wall_s": float, "cpu_s": int, "memory_mb": int, "file_mb": int, "processes": int, "output_kb": int}
+OF_CODE = (*LIMITS, "verdict", "packages", "require")
 CODE_CHECKED = 16  # programs that are run on load
 
 
@@ -50,7 +52,8 @@ def grading_of(name: str, grader: str, extract: str, form: str, options: Mapping
     """The grading of the task `name`.
 
     Args:
-        grader: "exact", "answer", "code" or "judge".
+        grader: "exact", "answer", "code" or "judge"; or several with what each value counts, "answer,judge*0.5": their weighted sum,
+            in which the first says what is right.
         extract: of "exact", where the answer is looked for.
         form: as `rewards.format.form_of` reads it; a completion without it earns nothing. "" is any.
         options: of "code" and "judge".
@@ -58,16 +61,50 @@ def grading_of(name: str, grader: str, extract: str, form: str, options: Mapping
     Raises:
         KeelError: no such grader, or an option that it does not take.
     """
-    if grader not in GRADERS:
-        raise KeelError(f"Task {name!r} got grader={grader!r}: {nearest(grader, GRADERS)}Expected one of {', '.join(GRADERS)}.")
-    if extract != "auto" and grader != "exact":
-        raise KeelError(f"Task {name!r} got grader={grader!r} with extract={extract!r}. Only 'exact' is told where to look.")
-    found = GRADERS[grader](name, extract, options)
+    if "," in grader or "*" in grader:
+        found = _by_several(name, grader, extract, options)
+    else:
+        found = _by_one(name, grader, extract, options)
     if not form:
         return found
     gated = Gated(form_of(form), found.grade)
     checked = found.checked if written(form, "") is not None else 0
     return Grading(gated, lambda p: written(form, found.write_gold(p)) or "", found.own_gold_only, checked, found.check)
+
+
+def _by_one(name: str, grader: str, extract: str, options: Mapping[str, Any]) -> Grading:
+    if grader not in GRADERS:
+        raise KeelError(f"Task {name!r} got grader={grader!r}: {nearest(grader, GRADERS)}Expected one of {', '.join(GRADERS)}.")
+    if extract != "auto" and grader != "exact":
+        raise KeelError(f"Task {name!r} got grader={grader!r} with extract={extract!r}. Only 'exact' is told where to look.")
+    return GRADERS[grader](name, extract, options)
+
+
+def _by_several(name: str, graders: str, extract: str, options: Mapping[str, Any]) -> Grading:
+    """Options go to the grader that takes them: limits of programs to "code", the rest to "judge". Gold is not scored on load: what
+    it should earn in all is not known."""
+    weights: dict[str, float] = {}
+    for term in graders.split(","):
+        kind, _, weight = term.strip().partition("*")
+        try:
+            weights[kind] = float(weight or 1.0)
+        except ValueError:
+            raise KeelError(
+                f"Task {name!r} got grader={graders!r}: {weight!r} is no weight. Expected a form such as 'answer,judge*0.5'."
+            ) from None
+    own = {key: value for key, value in options.items() if key in OF_CODE and "code" in weights}
+    left = {key: value for key, value in options.items() if key not in own}
+    given = {kind: own if kind == "code" else left if kind == "judge" else {} for kind in weights}
+    if left and "judge" not in weights:
+        _refuse(name, graders, left, OF_CODE if "code" in weights else ())
+    found = {kind: _by_one(name, kind, extract if kind == "exact" else "auto", given[kind]) for kind in weights}
+
+    def check(prompts: Sequence[Prompt]) -> None:
+        for part in found.values():
+            part.check(prompts)
+
+    made = Weighted({kind: Part(part.grade, weights[kind]) for kind, part in found.items()})
+    return Grading(made, next(iter(found.values())).write_gold, own_gold_only=False, checked=0, check=check)
 
 
 def _by_exact(name: str, extract: str, options: Mapping[str, Any]) -> Grading:
@@ -91,8 +128,7 @@ def _by_answer(name: str, extract: str, options: Mapping[str, Any]) -> Grading:
 def _by_code(name: str, extract: str, options: Mapping[str, Any]) -> Grading:
     """Options: verdict (all, fraction), packages, require, and the limits of `rewards.sandbox.Limits`. The answer's column holds
     tests; with a column of solutions, some are run on load."""
-    kinds = {"wall_s": float, "cpu_s": int, "memory_mb": int, "file_mb": int, "processes": int, "output_kb": int}
-    _refuse(name, "code", options, (*kinds, "verdict", "packages", "require"))
+    _refuse(name, "code", options, OF_CODE)
     for option, known in (
         ("verdict", ("all", "fraction")),
         ("require", ("bare", "network", "full")),
@@ -101,7 +137,7 @@ def _by_code(name: str, extract: str, options: Mapping[str, Any]) -> Grading:
         if options.get(option, known[0]) not in known:
             raise KeelError(f"Task {name!r} got {option}={options[option]!r}. Expected one of {', '.join(known)}.")
     try:
-        limits = Limits(**{key: kind(options[key]) for key, kind in kinds.items() if key in options})
+        limits = Limits(**{key: kind(options[key]) for key, kind in LIMITS.items() if key in options})
     except ValueError as fault:
         raise KeelError(f"Task {name!r} got a limit that is none: {fault}. Expected numbers above 0.") from None
     sandbox = Sandbox(limits, options.get("packages", "false") == "true", options.get("require", "bare"))

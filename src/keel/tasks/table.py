@@ -70,7 +70,7 @@ def table(
         grader: "exact" compares character for character; "answer" tells whether two answers say the same (`keel.rewards.answer`),
             finds a completion's answer by itself, and looks at every gold answer on loading; "code" runs programs against the
             tests in the answer's column (`keel.rewards.code`); "judge" asks a model by a rubric (`keel.rewards.judge`), and
-            `answer=` (empty) then means that there is no gold answer.
+            `answer=` (empty) then means that there is no gold answer. "answer,judge*0.5" is a weighted sum.
         form: "tags:think,answer" or "regex:…": a completion without this form earns nothing (`keel.rewards.format`).
         solution: of "code", the name of a column with programs that pass; some of them are run on loading.
         grading: options of the grader (`keel.tasks.grading`), for instance rubric, base_url and model of a judge.

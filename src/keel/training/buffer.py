@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import numpy as np
@@ -95,11 +95,12 @@ STREAMS: dict[str, type[PromptStream]] = {"none": PromptStream, "pass_rate": Cur
 
 @dataclass(frozen=True)
 class Collected:
-    """Groups for one batch, and what it took to get them."""
+    """Groups for one batch, and what it took to get them; `spent` is what the grader has used up since the run began."""
 
     groups: list[Group]
     generated_tokens: int
     dropped: int
+    spent: Mapping[str, float] = field(default_factory=dict)
 
 
 def score_group(prompt: Prompt, completions: Sequence[Completion], reward: Reward) -> Group:

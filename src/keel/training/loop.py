@@ -180,12 +180,17 @@ def iterate(trainer: Trainer) -> Iterator[StepRecord]:
 
 
 def _rollout_metrics(trainer: Trainer, collected: Collected, seconds: float) -> dict[str, float]:
-    return {
-        "time/rollout_s": seconds,
-        "tokens/batch": collected.generated_tokens,
-        "tokens/total": trainer.tokens,
-        "sampling/groups_dropped": collected.dropped,
-    } | part_metrics(collected.groups)
+    spent = {f"judge/{name}": value for name, value in collected.spent.items()}
+    return (
+        {
+            "time/rollout_s": seconds,
+            "tokens/batch": collected.generated_tokens,
+            "tokens/total": trainer.tokens,
+            "sampling/groups_dropped": collected.dropped,
+        }
+        | part_metrics(collected.groups)
+        | spent
+    )
 
 
 def _with_log_probabilities(trainer: Trainer, batch: Batch) -> Batch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol, runtime_checkable
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from keel.config import RunConfig
 from keel.models.policy import Policy
+from keel.rewards.compose import spent
 from keel.rollout.engine import Engine, Seed, check_completions
 from keel.tasks.task import Task, reward_many
 from keel.training.buffer import Collected, PromptStream, collect
@@ -66,7 +67,7 @@ class Sampler:
             check_completions(asked, completions, group_size, sampling, **rules)
             return asked, completions
 
-        return collect(
+        found = collect(
             generate,
             self.stream,
             self.task.reward,
@@ -75,6 +76,7 @@ class Sampler:
             live_only=self.dynamic_sampling,
             max_rounds=config.train.dynamic_sampling_max_rounds,
         )
+        return replace(found, spent=spent(getattr(self.task, "grade", None)))
 
 
 class InTurn:
