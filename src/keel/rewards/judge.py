@@ -118,8 +118,8 @@ class Judge:
         """For the metrics below judge/: what was used up so far. Seconds are those of requests, many of which go on at a time."""
         c = self.counts
         told = {
-            "judged": c.judged, "unscorable": c.unscorable, "requests": c.requests, "retries": c.retries, "cache_hits": c.cache_hits,
-            "prompt_tokens": c.prompt_tokens, "completion_tokens": c.completion_tokens, "cost": c.cost,
+            "judged": c.judged, "unscorable": c.unscorable, "requests": c.requests, "retries": c.retries,
+            "cache_hits": c.cache_hits, "prompt_tokens": c.prompt_tokens, "completion_tokens": c.completion_tokens, "cost": c.cost,
             "answers_s": self._waited,
         }  # fmt: skip
         return {name: float(value) for name, value in told.items()}

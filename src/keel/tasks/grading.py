@@ -52,8 +52,8 @@ def grading_of(name: str, grader: str, extract: str, form: str, options: Mapping
     """The grading of the task `name`.
 
     Args:
-        grader: "exact", "answer", "code" or "judge"; or several with what each value counts, "answer,judge*0.5": their weighted sum,
-            in which the first says what is right.
+        grader: "exact", "answer", "code" or "judge"; or several and what each counts, "answer,judge*0.5": their weighted sum, in
+            which the first says what is right.
         extract: of "exact", where the answer is looked for.
         form: as `rewards.format.form_of` reads it; a completion without it earns nothing. "" is any.
         options: of "code" and "judge".
