@@ -295,11 +295,13 @@ def study(arguments: list[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="the study's quick size")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one CPU thread each (default: %(default)s)")
     parser.add_argument("--plan", action="store_true", help="print the arms and stop")
+    parser.add_argument("--judge", action="store_true", help="start no run, and judge by those that have ended")
     parser.add_argument("--json", action="store_true", help="print the results as JSON on stdout")
     o = parser.parse_args(arguments)
     from keel.lab.command import run
 
-    return run(o.source, out=o.out, seeds=o.seeds, quick=o.quick, workers=o.workers, plan_only=o.plan, as_json=o.json)
+    how = {"plan_only": o.plan, "judge_only": o.judge, "as_json": o.json}
+    return run(o.source, out=o.out, seeds=o.seeds, quick=o.quick, workers=o.workers, **how)
 
 
 # ── report, view ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -20,7 +20,7 @@ from keel.lab.command import run, tabulated
 from keel.lab.differences import check_difference, check_folder, check_origins
 from keel.lab.measures import Point, collapsed_at
 from keel.lab.results import Outcome, outcome, table
-from keel.lab.runner import Job, folder_name, jobs_of, run_jobs, write_plan
+from keel.lab.runner import Job, build_data, folder_name, jobs_of, run_jobs, run_one, write_plan
 from keel.lab.study import Collapse, Study, load_study, shipped_studies
 from keel.lab.sweep import chosen, jobs_of_sweep, swept_arms
 from keel.run_folder import toml_of
@@ -356,3 +356,23 @@ def test_a_run_that_failed_has_collapsed(tmp_path):
     job = Job("a", 0, tmp_path / "0", {})
     (tmp_path / "0.failed.txt").write_text("why")
     assert outcome(job).collapsed and math.isnan(outcome(job).last)
+
+
+@pytest.mark.slow
+def test_a_study_builds_its_own_data_once(tmp_path, capsys):
+    study = Study(
+        name="s", question="?", build={"tasks": ["arithmetic:easy"], "size": 16, "pool": 48, "samples": 4},
+        base=TINY | {"task": "jsonl:{data}.unselected.jsonl?test={data}.test.jsonl&extract=marker"},
+        arms={"unselected": {}, "selected": {"task": "jsonl:{data}.jsonl?test={data}.test.jsonl&extract=marker"}},
+    )  # fmt: skip
+    place = tmp_path / "out"
+    place.mkdir()
+    build_data(study, place)
+    before = (place / "data.jsonl").stat().st_mtime_ns
+    build_data(study, place)
+    assert (place / "data.jsonl").stat().st_mtime_ns == before and capsys.readouterr().out == ""
+    plain, selected = jobs_of(study, study.resolved_arms(), place, 1)
+    assert plain.config["task"].startswith(f"jsonl:{place}/data.unselected.jsonl?test={place}/data.test.jsonl")
+    assert run_one(selected.config) == "" and (selected.out / "summary.json").exists()
+    with pytest.raises(KeelError, match="as `keel data build` has"):
+        build_data(Study(**study.model_dump() | {"build": {"sizes": 3}}), tmp_path)

@@ -12,7 +12,7 @@ from typing import Any
 from keel.files import write_atomically
 from keel.lab.differences import check_folder
 from keel.lab.results import Results, compact, results
-from keel.lab.runner import Job, jobs_of, run_jobs, write_plan
+from keel.lab.runner import Job, build_data, jobs_of, run_jobs, write_plan
 from keel.lab.study import Arm, Study, load_study, shipped_studies
 from keel.lab.sweep import chosen, jobs_of_sweep, swept_arms
 
@@ -60,6 +60,8 @@ def run_study(study: Study, arms: Sequence[Arm], place: Path, seeds: int, worker
     """
     trials = jobs_of_sweep(study, arms, place)
     registered = write_plan(study, arms, jobs_of(study, arms, place, seeds), place)
+    if workers:
+        build_data(study, place)
     _run(trials, workers)
     swept = chosen(study, arms, trials)
     arms = swept_arms(arms, swept)

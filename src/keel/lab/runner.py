@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from keel.config import RunConfig
 from keel.errors import KeelError
 from keel.files import json_of, write_atomically
 from keel.lab.places import FAILED, folder_name
 from keel.lab.predictions import Prediction
 from keel.lab.study import Arm, Study
+
+DATA = "data"  # what a study builds, in its folder: data.jsonl and its neighbours
 
 
 @dataclass(frozen=True)
@@ -47,11 +52,32 @@ class Job:
 def jobs_of(study: Study, arms: Sequence[Arm], out: Path, seeds: int, threads: int = 1) -> list[Job]:
     """Every run, seed by seed, so that a study that is stopped early has all arms of its first seeds."""
     places = [out / folder_name(arm.name) for arm in arms]
+    arms = [replace(arm, config=_with_data(arm.config, out)) for arm in arms] if study.build else arms
     return [
         Job(arm.name, seed, place / str(seed), arm.seeded(seed, place / str(seed), threads).model_dump(mode="json"))
         for seed in range(seeds)
         for arm, place in zip(arms, places, strict=True)
     ]
+
+
+def _with_data(config: RunConfig, out: Path) -> RunConfig:
+    return config.replaced({"task": config.task.replace("{data}", str(out / DATA))})
+
+
+def build_data(study: Study, out: Path) -> None:
+    """Build the study's own data into its folder, unless they are there."""
+    from keel.data.command import run_build
+
+    if not study.build or (out / f"{DATA}.jsonl").exists():
+        return
+    settings = {"out": str(out / f"{DATA}.jsonl")} | study.build
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for what the study came to
+            run_build(settings.pop("tasks", ()), **settings)
+    except TypeError as fault:
+        raise KeelError(
+            f"build of study {study.name!r}: {fault}. Expected tasks, size, and settings as `keel data build` has."
+        ) from None
 
 
 def run_jobs(jobs: Sequence[Job], workers: int, say: Callable[[str], None]) -> None:

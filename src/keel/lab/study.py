@@ -84,6 +84,11 @@ class Study(Section):
         default_factory=dict, description="one setting and its values: each arm chooses the best one first, on seeds of its own"
     )
     sweep_seeds: int = Field(2, ge=1, description="runs of each arm at each value of the sweep")
+    build: dict[str, Any] = Field(
+        default_factory=dict,
+        description="settings of `keel data build`, run once before the arms; tasks of theirs find it as jsonl:{data}.jsonl, its "
+        "control as {data}.unselected.jsonl and its held-out rows as {data}.test.jsonl",
+    )
     base: dict[str, Any] = Field(default_factory=dict, description="settings of all arms")
     quick: dict[str, Any] = Field(default_factory=dict, description="settings of a quick look, on top of the base")
     quick_seeds: int = Field(2, ge=1, description="runs of each arm in a quick look")
