@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from keel.config import RunConfig, load_config
 from keel.evaluate import evaluate
-from keel.grade.improve.examples import FIRST, Example, drawn, frozen_set, sampled
+from keel.grade.improve.examples import FIRST, Example, balanced, drawn, frozen_set, sampled
 from keel.grade.improve.judge import LONGEST_VERDICT, Judge, JudgeGrader
 from keel.grade.improve.solutions import KINDS
 from keel.grade.improve.training import judging, mixed, teach
@@ -43,8 +43,8 @@ class Sizes:
     pool: int = 3000
     block: int = 100
     most_blocks: int = 8
-    round_steps: int = 200
-    rounds: int = 3
+    round_steps: int = 300
+    rounds: int = 2
     judge_steps: int = 40
     policy_steps: int = 60
     prompts: int = 16
@@ -120,11 +120,11 @@ def mine(policy: Policy, writer: Policy, seed: int, number: int, sizes: Sizes) -
 
 
 def reinforce(policy: Policy, examples: Sequence[Example], seed: int, sizes: Sizes) -> None:
-    """Train the judge on its task: (1 − |s′ − s|), where its reason holds."""
-    config = _settings(
-        sizes.judge_steps, sizes, seed, {"sampling.max_completion_tokens": LONGEST_VERDICT, "train.prompts_per_step": 32}
-    )
-    _run(policy, judging(examples, examples[:1]), config)
+    """Train the judge on its task: (1 − |s′ − s|), where its reason holds; on as many examples of each level."""
+    examples = random.Random(f"reinforce {seed}").sample(examples, len(examples))
+    examples = balanced(examples, len(examples)) or examples
+    changes = {"sampling.max_completion_tokens": LONGEST_VERDICT, "train.prompts_per_step": 32}
+    _run(policy, judging(examples, examples[:1]), _settings(sizes.judge_steps, sizes, seed, changes))
 
 
 def judged(judge: Policy) -> PromptTask:

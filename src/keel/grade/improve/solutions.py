@@ -102,6 +102,12 @@ def _missing(parts: Parts, rng: random.Random) -> str:
     return "\n".join(lines)
 
 
+def _anothers(parts: Parts, rng: random.Random) -> str:
+    """The right solution of another sum."""
+    other = tuple(rng.randint(1, 20) for _ in parts)
+    return worked(other if other != parts else other[::-1] if other[::-1] != parts else tuple(v + 1 for v in other))
+
+
 KINDS: dict[str, Callable[[Parts, random.Random], str]] = {
     "right": lambda parts, rng: worked(parts),
     "far slip": lambda parts, rng: _slipped(parts, rng, 1, near=False),
@@ -112,4 +118,5 @@ KINDS: dict[str, Callable[[Parts, random.Random], str]] = {
     "guessed": _guessed,
     "miscopied": _miscopied,
     "missing step": _missing,
+    "another's": _anothers,
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from keel.grade.improve.examples import Example
 from keel.grade.improve.judge import judgement, question, read, verdict
-from keel.grade.improve.solutions import Truth
+from keel.grade.improve.solutions import LEVELS, Truth
 from keel.models.policy import Policy
 from keel.models.pretrain import Schedule, fit
 from keel.tasks.task import PromptTask
@@ -30,10 +30,11 @@ def teach(policy: Policy, draw: Draw, schedule: Schedule, seed: str) -> list[flo
 
 
 def mixed(fresh: Draw, mined: Sequence[Example], share: float) -> Draw:
-    """Examples of two sources: a mined one with that chance, else a fresh one."""
+    """Examples of two sources: a mined one with that chance, each level alike often, else a fresh one."""
+    by_level = [found for level in LEVELS if (found := [example for example in mined if example.truth.level == level])]
 
     def draw(rng: random.Random) -> Example:
-        return rng.choice(mined) if mined and rng.random() < share else fresh(rng)
+        return rng.choice(rng.choice(by_level)) if mined and rng.random() < share else fresh(rng)
 
     return draw
 
