@@ -14,10 +14,7 @@ from keel.rollout.local import LocalEngine
 from keel.tasks.problems import SUMS
 from keel.types import Prompt, Sampling
 
-FIRST = {
-    "right": 0.5,
-    "another's": 0.5,
-}  # what the first judge is taught: right solutions, and those of other problems, which cost nothing
+FIRST = {"right": 0.4, "far slip": 0.35, "two far slips": 0.25}  # what the first judge is taught: mistakes that leap to the eye
 
 
 @dataclass(frozen=True)
