@@ -76,7 +76,8 @@ def test_what_the_judge_reads_is_in_its_alphabet():
     asked = question(PARTS, "17+13=30\n\x00ü€<end>")
     assert set(asked) <= set(CHARACTERS)
     assert asked == "17+13=30\n???<end>\nQ:17+13+8=\n"
-    assert judgement(PARTS, "17+13=31\n31+8=39\nA:39") == "17+13=30\n30+8=38\nA:38\nb1"
+    assert judgement(PARTS, "17+13=31\n31+8=39\nA:39") == "17+13=30/31x\n30+8=38/39x\nA:38/39x\nb1"
+    assert judgement(PARTS, "A:38") == "17+13=30/38x\n30+8=38/x\nA:38/x\na1"
     assert read(judgement(PARTS, "17+13=31\n31+8=39\nA:39")) == Truth(0.5, 1)
 
 

@@ -1,11 +1,13 @@
 """The tiny judge: a character model that reads a problem and a solution, and writes a level and the line that is wrong.
 
-It is asked "17+13=31⏎31+8=39⏎A:39⏎Q:17+13+8=⏎" and works before it judges: it writes its own solution, "17+13=30⏎30+8=38⏎A:38⏎",
-and then two characters: c (all right), b (one slip) or a (wrong), and the number of the first wrong line, 0 for none: "b1" here.
+It is asked "17+13=31⏎31+8=39⏎A:39⏎Q:17+13+8=⏎" and works before it judges. It solves the problem itself, and behind each of its own
+lines it writes what the solution has there, with "=" or "x" for the same or not: "17+13=30/31x⏎30+8=38/39x⏎A:38/39x⏎". Then come two
+characters: c (all right), b (one slip) or a (wrong), and the number of the first wrong line, 0 for none: "b1" here.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,7 +20,7 @@ from keel.types import Prompt, Sampling, Score
 
 LETTERS = "abc"  # of the levels 0, ½ and 1
 LONGEST = 96  # characters of a solution that are read; a longer one is wrong by its length
-LONGEST_VERDICT = 48  # tokens, its working included
+LONGEST_VERDICT = 64  # tokens, its working included
 GREEDY = Sampling(temperature=0.0, max_completion_tokens=LONGEST_VERDICT)
 JUDGING = Seed(0, 2**31 + 3)
 
@@ -35,8 +37,16 @@ def verdict(true: Truth) -> str:
 
 
 def judgement(parts: Parts, solution: str) -> str:
-    """All that a perfect judge writes: its own solution, and the verdict."""
-    return "\n".join([worked(parts), verdict(truth(parts, solution))])
+    """All that a perfect judge writes: its own solution against the one it judges, and the verdict."""
+    own, given = worked(parts).split("\n"), solution.split("\n")
+    found = [_last_number(line) for line in [*given, *[""] * len(own)]]
+    compared = [f"{line}/{said}{'=' if said == _last_number(line) else 'x'}" for line, said in zip(own, found, strict=False)]
+    return "\n".join([*compared, verdict(truth(parts, solution))])
+
+
+def _last_number(line: str) -> str:
+    found = re.search(r"[0-9]{1,4}$", line)
+    return found[0] if found else ""
 
 
 def read(text: str) -> Truth | None:
