@@ -1,8 +1,8 @@
 """The tiny judge: a character model that reads a problem and a solution, and writes a level and the line that is wrong.
 
-It is asked "17+13=31⏎31+8=39⏎A:39⏎Q:17+13+8=⏎" and works before it judges. It solves the problem itself, and behind each of its own
-lines it writes what the solution has there, with "=" or "x" for the same or not: "17+13=30/31x⏎30+8=38/39x⏎A:38/39x⏎". Then come two
-characters: c (all right), b (one slip) or a (wrong), and the number of the first wrong line, 0 for none: "b1" here.
+It is asked "17+13=31⏎31+8=39⏎A:39⏎Q:17+13+8=⏎" and works before it judges. It solves the problem itself, and behind each of its
+own lines it writes what the solution has there, and whether that is the same: "17+13=30/31x⏎30+8=38/39x⏎A:38/39x⏎". Then come
+two characters: c (all right), b (one slip) or a (wrong), and the number of the first wrong line, 0 for none: "b1" here.
 """
 
 from __future__ import annotations
