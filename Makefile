@@ -1,6 +1,7 @@
 # make quickstart   set everything up and train the bundled base model on sums (ARGS="--seed 1" adds settings)
 # make test         set everything up and run the tests
 # make test-vllm    the same for vLLM, in an environment of its own (.venv-vllm): engine laws, faults, short runs
+# make study        the quick size of every shipped study (ARGS="--workers 2")
 # make lint | format | bench | proof | docs | clean
 # PYTHON=python3.12 picks the interpreter (3.11 to 3.13); VENV=.venv the folder that everything is installed in.
 
@@ -15,7 +16,7 @@ LISTS   := pyproject.toml constraints.txt
 VLLM    := .venv-vllm
 TESTED  := dev,lora,gguf,data,reasoning-gym,math,judge,report
 
-.PHONY: quickstart test test-vllm lint format bench proof docs clean
+.PHONY: quickstart test test-vllm study lint format bench proof docs clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.with-core
@@ -27,6 +28,9 @@ test: $(VENV)/.with-tests
 # vLLM is slow to import without its compiled files, and three processes import it
 test-vllm: $(VLLM)/.with-vllm
 	@env -u PYTHONDONTWRITEBYTECODE $(VLLM)/bin/python -m pytest tests/vllm $(ARGS)
+
+study: $(VENV)/.with-core
+	@for study in src/keel/studies/*.toml; do $(BIN)/keel study $$(basename $$study .toml) --quick $(ARGS) || exit 1; done
 
 lint: $(VENV)/.with-lint
 	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check .

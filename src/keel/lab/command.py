@@ -49,6 +49,7 @@ def run(
     told = compact(found.record(study, count, quick))
     write_atomically(place / "results.json", told)
     print(told if as_json else in_words(found))
+    print(f"A page of it, with what the models said: keel report {place}", file=sys.stderr)
     return 1 if any(row["failed"] for row in found.rows) else 0
 
 
