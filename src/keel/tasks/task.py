@@ -166,7 +166,7 @@ def unchecked_task(spec: str, **options: Any) -> Task:
     name, _, variant = head.partition(":")
     if name not in _HOMES and name not in _REGISTERED:
         raise KeelError(
-            f"Unknown task {name!r}: {nearest(name, known_tasks())}Known are {', '.join(known_tasks())}. A task of "
+            f"Unknown task {name!r}: {nearest(name, known_tasks())}Expected one of {', '.join(known_tasks())}. A task of "
             f"your own: `keel.tasks.task.register(name, factory)` in a module that `plugins` names."
         )
     factory = _REGISTERED[name] if name in _REGISTERED else _import(_HOMES[name])
