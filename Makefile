@@ -16,6 +16,9 @@ LISTS   := pyproject.toml constraints.txt
 VLLM    := .venv-vllm
 TESTED  := dev,lora,gguf,data,reasoning-gym,math,judge,report
 
+# Without compiled files every process takes some seconds longer to begin, and tests and studies begin many.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: quickstart test test-vllm study lint format bench proof docs clean
 .DELETE_ON_ERROR:
 
@@ -25,9 +28,8 @@ quickstart: $(VENV)/.with-core
 test: $(VENV)/.with-tests
 	@env OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
-# vLLM is slow to import without its compiled files, and three processes import it
 test-vllm: $(VLLM)/.with-vllm
-	@env -u PYTHONDONTWRITEBYTECODE $(VLLM)/bin/python -m pytest tests/vllm $(ARGS)
+	@$(VLLM)/bin/python -m pytest tests/vllm $(ARGS)
 
 study: $(VENV)/.with-core
 	@for study in src/keel/studies/*.toml; do $(BIN)/keel study $$(basename $$study .toml) --quick $(ARGS) || exit 1; done

@@ -42,7 +42,7 @@ class Sizes:
     frozen: int = 900
     pool: int = 3000
     block: int = 100
-    most_blocks: int = 8
+    most_blocks: int = 20
     round_steps: int = 300
     rounds: int = 2
     judge_steps: int = 40
