@@ -5,16 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from keel.audit.whole import audit_everything
-from keel.audit.words import claims_markdown
 from keel.diagnostics import metrics_markdown
+from keel.lab.ledger import claims_page
 from keel.objectives.papers import papers_markdown
 
+HERE = Path(__file__).parent
 PAGES = {
     "papers.md": papers_markdown,
     "metrics.md": metrics_markdown,
-    "claims.md": lambda: claims_markdown(audit_everything()),
+    "claims.md": lambda: claims_page(audit_everything(), HERE / "studies"),
 }
 
 if __name__ == "__main__":
     for name, markdown in PAGES.items():
-        (Path(__file__).parent / name).write_text(markdown(), encoding="utf-8")
+        (HERE / name).write_text(markdown(), encoding="utf-8")

@@ -212,7 +212,7 @@ def audit(arguments: list[str]) -> int:
     parser.add_argument("--translate", nargs=2, metavar=("FRAMEWORK", "FILE"), help="read a TRL or verl configuration")
     parser.add_argument("--peers", action="store_true", help="compare with the losses of the frameworks that are installed")
     parser.add_argument("--json", action="store_true", help="print as JSON on stdout")
-    parser.add_argument("--markdown", action="store_true", help="print docs/claims.md")
+    parser.add_argument("--markdown", action="store_true", help="print the certificates of docs/claims.md")
     options = parser.parse_args(arguments)
     from keel.audit.command import run
 
@@ -297,10 +297,11 @@ def study(arguments: list[str]) -> int:
     parser.add_argument("--plan", action="store_true", help="print the arms and stop")
     parser.add_argument("--judge", action="store_true", help="start no run, and judge by those that have ended")
     parser.add_argument("--json", action="store_true", help="print the results as JSON on stdout")
+    parser.add_argument("--keep", default="", metavar="FOLDER", help="keep the results there too; without a study: what is kept there")
     o = parser.parse_args(arguments)
     from keel.lab.command import run
 
-    how = {"plan_only": o.plan, "judge_only": o.judge, "as_json": o.json}
+    how = {"plan_only": o.plan, "judge_only": o.judge, "as_json": o.json, "keep": o.keep}
     return run(o.source, out=o.out, seeds=o.seeds, quick=o.quick, workers=o.workers, **how)
 
 

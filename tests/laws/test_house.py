@@ -18,7 +18,7 @@ FLOORS = [  # a room may import from its own floor and from those above it in th
     {"training", "evaluate", "writers", "progress", "curves", "summary", "data"},
     {"manifest", "run_folder"},
     {"run"},
-    {"audit", "gap", "grade", "lab"},
+    {"audit", "gap", "grade", "lab", "doctor"},
     {"report"},
     {"arguments", "commands", "cli", "__init__", "__main__"},
 ]

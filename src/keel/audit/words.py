@@ -138,6 +138,22 @@ def answers(audit: Audit) -> list[str]:
     ]
 
 
+def spoken(audit: Audit, name: str) -> str:
+    """What was found of one recipe or estimator, in a sentence; "" where there is none of that name.
+
+    What holds for completions of one token only, or for a reward by a coin, is left to the tables.
+    """
+    narrow = [c.claim.conditions.get("max_tokens") == 1 or c.claim.conditions.get("reward") == "coin" for c in audit.certificates]
+    mine = [c for c, special in zip(audit.certificates, narrow, strict=True) if c.objective == name and not special]
+    found = [f"{verdict(c)} ({condition_words(c)})" for c in mine]
+    found += [
+        f"{fact.says}: {_number(fact.measured)} ({fact.relation} {_number(fact.expected)}{'' if fact.holds else ': NO'})"
+        for fact in audit.facts
+        if fact.about == name
+    ]
+    return "; ".join(found)
+
+
 def one_text(title: str, certificates: Sequence[Certificate], identity: Identity) -> str:
     """One recipe, estimator or function: what it follows, and its claims."""
     lines = [title, "", f"follows: {identity.text()}", *comparison_lines(identity)]
@@ -182,9 +198,9 @@ def claims_markdown(audit: Audit) -> str:
             (f"`{c.objective}`", verdict(c), condition_words(c), c.claim.because, "holds" if c.holds else "**does not hold**")
             for c in found
         ]
-        parts += [f"\n## {family[:1].upper()}{family[1:]}\n", *_table(("who", "what", "when", "why", ""), rows)]
+        parts += [f"\n## {family[:1].upper()}{family[1:]}\n", *table(("who", "what", "when", "why", ""), rows)]
     rows = [(f"`{f.about}`", f.says, f"{f.relation} {_number(f.expected)}", _number(f.measured)) for f in audit.facts]
-    parts += ["\n## Numbers\n", *_table(("about", "statement", "expected", "found"), rows)]
+    parts += ["\n## Numbers\n", *table(("about", "statement", "expected", "found"), rows)]
     parts += ["\n## Orders of error\n", _ORDERS, "```", *order_lines(audit.orders, audit.shares), "```\n"]
     return "\n".join(parts)
 
@@ -233,6 +249,7 @@ def _number(x: float) -> str:
     return "0" if x == 0 else "< 1e-9" if abs(x) < 1e-9 else f"{x:.1e}" if abs(x) < 1e-3 else f"{x:.4g}"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table; a | in a cell stays in it."""
     cells = [head, ["---"] * len(head), *rows]
     return [f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in row)} |" for row in cells]

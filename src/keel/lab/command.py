@@ -11,6 +11,7 @@ from typing import Any
 
 from keel.files import write_atomically
 from keel.lab.differences import check_folder
+from keel.lab.kept import check_keep, keep_results
 from keel.lab.results import Results, compact, results
 from keel.lab.runner import Job, build_data, jobs_of, run_jobs, write_plan
 from keel.lab.study import Arm, Study, load_study, shipped_studies
@@ -27,13 +28,17 @@ def run(
     plan_only: bool = False,
     as_json: bool = False,
     judge_only: bool = False,
+    keep: str = "",
 ) -> int:
     """Run a study to its end, or go on with it; without a source, list those that are shipped.
 
     Args:
+        keep: a folder for results of studies, from which a ledger is made; without a source that ledger is printed.
         plan_only: print the arms and stop.
         judge_only: start no run, and judge by those that have ended.
     """
+    if source is None and keep:
+        return _ledger(Path(keep))
     if source is None:
         for name, path in shipped_studies().items():
             print(f"{name:<24} {load_study(str(path)).question}")
@@ -42,15 +47,27 @@ def run(
     arms = study.resolved_arms(quick)
     count = study.seeds_for(seeds, quick)
     place = Path(out or f"runs/study-{study.name}{'-quick' if quick else ''}")
+    if keep:
+        check_keep(study.name, Path(keep), quick)
     print(described(study, arms, count), file=sys.stdout if plan_only else sys.stderr)
     if plan_only:
         return 0
     found = run_study(study, arms, place, count, 0 if judge_only else workers, quick)
-    told = compact(found.record(study, count, quick))
-    write_atomically(place / "results.json", told)
+    again = f"keel study {source}{' --quick' * quick}{f' --seeds {count}' * (count != study.seeds_for(None, quick))}"
+    record = found.record(study, count, quick, again)
+    write_atomically(place / "results.json", told := compact(record))
     print(told if as_json else in_words(found))
+    if keep:
+        print(f"Kept as {keep_results(record, Path(keep))}.", file=sys.stderr)
     print(f"A page of it, with what the models said: keel report {place}", file=sys.stderr)
     return 1 if any(row["failed"] for row in found.rows) else 0
+
+
+def _ledger(folder: Path) -> int:
+    from keel.lab.ledger import ledger
+
+    print(ledger(folder), end="")
+    return 0
 
 
 def run_study(study: Study, arms: Sequence[Arm], place: Path, seeds: int, workers: int, quick: bool = False) -> Results:

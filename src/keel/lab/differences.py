@@ -96,7 +96,7 @@ def check_origins(places: Sequence[Path]) -> tuple[str, ...]:
     Raises:
         KeelError: data or weights of one name are not the same.
     """
-    manifests = {place: found for place in places if (found := _manifest(place))}
+    manifests = {place: found for place in places if (found := manifest_of(place))}
     for what in ("model", "task"):
         _check_one(what, {place: told[what] for place, told in manifests.items() if what in told})
     told = [
@@ -123,10 +123,10 @@ def _counted(name: str, found: Counter[str]) -> str:
     return f"Runs differ in {name}: {', '.join(f'{value} ({count} runs)' for value, count in found.most_common())}."
 
 
-def _manifest(place: Path) -> dict[str, Any]:
+def manifest_of(place: Path) -> dict[str, Any]:
     file = place / "manifest.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _versions(place: Path) -> dict[str, str]:
-    return _manifest(place).get("versions", {})
+    return manifest_of(place).get("versions", {})

@@ -18,6 +18,7 @@ from keel.lab.predictions import VALIDATION, At, Prediction
 from keel.lab.runner import Job
 from keel.lab.statistics import bootstrap_interval, iqm, survival
 from keel.lab.study import Collapse, Study
+from keel.lab.tested import Tested, plan_of, tested
 from keel.lab.verdicts import Pairs, Verdict, headline, judge
 
 SAMPLER = "eval/sampler/pass@1"
@@ -134,6 +135,7 @@ def _row(arm: str, runs: Mapping[int, Outcome], first: Mapping[int, Outcome]) ->
     return {
         "arm": arm,
         "runs": len(runs),
+        "ended": sum(run.ended for run in runs.values()),
         "collapsed": sum(run.collapsed for run in runs.values()),
         "failed": sum(bool(run.failure) for run in runs.values()),
         "pass@1": _told([run.last for run in runs.values()]),
@@ -221,6 +223,7 @@ class Results:
     rows: list[dict[str, Any]]
     verdicts: list[Verdict]
     curves: list[dict[str, Any]]
+    tested: Tested
     notes: tuple[str, ...] = ()
     sweep: tuple[Any, ...] = ()
 
@@ -228,14 +231,21 @@ class Results:
     def headline(self) -> list[str]:
         return headline(self.verdicts)
 
-    def record(self, study: Study, seeds: int, quick: bool) -> dict[str, Any]:
-        """All that a page, or a ledger of claims, needs: as results.json has it."""
+    def record(self, study: Study, seeds: int, quick: bool, command: str = "") -> dict[str, Any]:
+        """All that a page, or a ledger of claims, needs: as results.json has it.
+
+        Args:
+            command: that makes these results again.
+        """
         return _short({
             "study": study.name,
             "question": study.question,
             "source": study.source,
             "seeds": seeds,
             "quick": quick,
+            "command": command,
+            "range": self.tested.model_dump(),
+            "plan": plan_of(study, quick),
             "headline": self.headline,
             "rule": f"Holm over {len(self.verdicts)} predictions at .05; {study.confirm_seeds} seeds for more than a hint",
             "collapse": study.collapse.model_dump(),
@@ -261,7 +271,7 @@ def results(study: Study, jobs: Sequence[Job], quick: bool = False, registered: 
     ]
     curves = [_curves(runs) for runs in _by_arm(outcomes).values()]
     rows, notes = table(outcomes), check_origins([job.out for job in jobs])
-    return Results(rows, judge(pairs, study.confirm_seeds), curves, (*unlike_tokens(rows), *notes))
+    return Results(rows, judge(pairs, study.confirm_seeds), curves, tested(jobs), (*unlike_tokens(rows), *notes))
 
 
 def unlike_tokens(rows: Sequence[Mapping[str, Any]], share: float = 0.1) -> tuple[str, ...]:
