@@ -26,6 +26,7 @@ from keel.errors import KeelError
 from keel.files import append_jsonl, cut_jsonl, disk_error, json_of, read_jsonl, write_atomically, written
 from keel.types import Group, Score
 
+LONGEST_SAID = 400  # characters of an answer that was taken from a completion
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -206,9 +207,11 @@ def _rollout_rows(step: int, group: Group) -> Iterator[dict[str, Any]]:
 
 def _told(score: Score) -> dict[str, Any]:
     """What the reward keeps beside its value, where it keeps something."""
+    said = {"said": score.said[:LONGEST_SAID]} if score.said else {}
     if not score.scorable:
-        return {"unscorable": score.reason}
-    return ({"parts": dict(score.parts)} if score.parts else {}) | ({"reason": score.reason} if score.reason else {})
+        return {"unscorable": score.reason} | said
+    told = ({"parts": dict(score.parts)} if score.parts else {}) | ({"reason": score.reason} if score.reason else {})
+    return told | said
 
 
 def _without_none(value: Any) -> Any:

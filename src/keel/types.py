@@ -102,12 +102,15 @@ class Score:
         correct: whether the answer is right, apart from any shaping (accuracy, the dynamic-sampling filter, pass@k use it).
         parts: named parts of the value, kept for the record. What a part without a dot in its name says was added to the value; one
             with a dot ("point.units", "answer.point.units") is a detail.
+        said: what the grader took for the completion's answer; "" where it takes none out of it. For the record: scores are equal
+            whatever was said.
     """
 
     value: float | None
     correct: bool = False
     reason: str = ""
     parts: Mapping[str, float] = field(default_factory=dict)
+    said: str = field(default="", compare=False)
 
     @property
     def scorable(self) -> bool:

@@ -206,3 +206,9 @@ def test_64_at_once_are_as_one_by_one():
     for thread in threads:
         thread.join(timeout=60)
     assert len(pairs) == 64 and together == alone and time.monotonic() - begun < 60
+
+
+def test_the_score_says_what_was_taken_for_the_answer():
+    score = AnswerGrader()(Prompt("p", "", "0.5"), "So it is \\boxed{\\frac{2}{4}}, of course.")
+    assert score.correct and score.said == "\\frac{2}{4}"
+    assert AnswerGrader()(Prompt("p", "", "0.5"), "\\boxed{").said == ""

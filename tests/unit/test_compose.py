@@ -50,6 +50,12 @@ def test_what_is_right_is_said_by_one_part():
     assert grader(PROMPT, "4").correct and not grader(PROMPT, "x").correct
 
 
+def test_the_answer_is_that_of_the_part_that_decides():
+    grader = Weighted({"short": shortness, "answer": exact_anywhere}, correct="answer")
+    assert Gated(tagged("answer"), grader)(PROMPT, "<answer>5</answer>").said == "5"
+    assert Gated(tagged("answer"), grader)(PROMPT, "5").said == ""
+
+
 @pytest.mark.parametrize("bad", [Score(None, reason="server down"), Score(math.nan), Score(math.inf)])
 def test_one_part_without_a_verdict_leaves_none(bad):
     score = Weighted({"answer": exact_anywhere, "judge": Part(lambda *_: bad, 0.0)})(PROMPT, "4")

@@ -141,8 +141,36 @@ def test_answers_verdicts_and_reasons(make_run):
     said = [rollout(text="2+2\n4"), rollout(sample=1, correct=False, reward=0.0, text="A:5", finish="length")]
     said += [rollout(sample=2, reward=None, unscorable="the judge was silent"), rollout(sample=3, parts={"form": 0.5})]
     kept = data_of(html(shown([make_run(said=said)])))["rollouts"]
-    assert kept["state"] == [0, 1, 2, 0] and kept["cut"] == [0, 1, 0, 0] and kept["said"][:2] == ["4", "5"]
-    assert kept["reason"] == ["", "", "the judge was silent", "form 0.5"] and kept["reward"][2] is None
+    assert kept["state"] == [0, 1, 2, 0] and kept["cut"] == [0, 1, 0, 0]
+    assert kept["reason"][2] == "the judge was silent" and kept["parts"] == ["", "", "", "form 0.5"] and kept["reward"][2] is None
+
+
+def test_what_the_grader_took_and_why_it_said_what_it_said(make_run):
+    wrong = {"correct": False, "reward": 0.0}
+    said = [
+        rollout(said="4"),
+        rollout(sample=1, said="8/2"),
+        rollout(sample=2, text="A:5", said="5", **wrong),
+        rollout(sample=3, text="I do not know", reason="no answer found", **wrong),
+        rollout(sample=4, text="A:4", finish="length", reason="truncated", **wrong),
+    ]
+    kept = data_of(html(shown([make_run(said=said)])))["rollouts"]
+    assert kept["said"] == ["4", "8/2", "5", "", ""]
+    assert kept["reason"] == ["the gold answer", "equals the gold answer", "not the gold answer", "no answer found", "truncated"]
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "taken"),
+    [
+        ("arithmetic:medium", "1+1=2\nA:4", "4"),
+        ("sums:2digit", "It is 4.", "4"),
+        ("jsonl:rows.jsonl?grader=answer", "\\boxed{4}", "4"),
+        ("jsonl:rows.jsonl?grader=judge", "4", ""),
+    ],
+)
+def test_older_runs_did_not_keep_what_was_taken(make_run, task, text, taken):
+    kept = data_of(html(shown([make_run(said=[rollout(text=text)], task=task)])))["rollouts"]
+    assert kept["said"] == [taken] and kept["reason"] == [""]
 
 
 def test_whole_batches_are_kept_first_last_and_traced_ones_before_others():

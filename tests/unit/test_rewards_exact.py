@@ -93,3 +93,10 @@ def test_a_million_characters_take_no_time(extract, piece):
 def test_exact_anywhere_grades_by_gold():
     assert exact_anywhere(Prompt("p", "", "Paris"), "It is\nParis").correct
     assert not exact_anywhere(Prompt("p", "", "12"), "12 or 13").correct
+
+
+def test_what_was_taken_for_the_answer_is_said():
+    grade = exact(last_number)
+    assert grade(Prompt("p", "", "42"), "first 41, no: 43").said == "43"
+    assert grade(Prompt("p", "", "42"), "none").said == ""
+    assert grade(Prompt("p", "", "42"), "0042") == grade(Prompt("p", "", "42"), "43")  # the verdict alone is compared

@@ -7,6 +7,7 @@ import math
 import os
 import resource
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -80,6 +81,12 @@ def test_rollouts_tell_what_was_said_and_why_it_was_not_scored(folder, make_comp
         "reward": 1.0, "correct": True, "finish": "stop", "tokens": 3,
     }  # fmt: skip
     assert unscorable["reward"] is None and unscorable["unscorable"] == "the grader timed out"
+
+
+def test_rollouts_tell_what_was_taken_for_the_answer(folder, make_completion):
+    whole = group(make_completion)
+    folder.add_rollouts(1, [replace(whole, scores=(Score(0.0, said="9" * 1000), Score(None, reason="late", said="7")))])
+    assert [row["said"] for row in read_jsonl(folder.rollouts)] == ["9" * 400, "7"]
 
 
 def test_cutting_back_forgets_later_steps_and_unfinished_lines(folder, make_completion):

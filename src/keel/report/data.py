@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from keel.errors import KeelError
+from keel.run_folder import LONGEST_SAID
 from keel.settings import dotted, read_toml
 
 LONGEST = 100_000  # characters of a text that a page keeps
@@ -190,7 +191,7 @@ class _Table:
     """Completions as columns; what many share is said once."""
 
     def __init__(self) -> None:
-        names = ("run", "step", "prompt", "sample", "text", "more", "reward", "state", "cut", "tokens", "said", "reason", "trace")
+        names = ("run", "step", "prompt", "sample", "text", "more", "reward", "state", "cut", "tokens", "said", "reason", "parts", "trace")
         self.columns: dict[str, list[Any]] = {name: [] for name in names}
         self.prompts: list[dict[str, str]] = []
         self.traces: list[dict[str, Any]] = []
@@ -210,8 +211,9 @@ class _Table:
                 state=_state(row),
                 cut=int(row.get("finish") == "length"),
                 tokens=int(row.get("tokens", 0)),
-                said=said(text, str(row.get("answer", "")), task),
-                reason=str(row.get("unscorable") or row.get("reason") or _parts(row)),
+                said=_said(row, text, task),
+                reason=_why(row),
+                parts=_parts(row),
                 trace=self._trace(row, traces),
             )
 
@@ -250,13 +252,33 @@ def _parts(row: Row) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in (row.get("parts") or {}).items())
 
 
-def said(text: str, gold: str, task: str) -> str:
-    """What the page takes for the answer of a completion; the verdict is the grader's own."""
+def _why(row: Row) -> str:
+    """Why a verdict is what it is, as far as the grader said so, or the answers that it compared show it."""
+    told = row.get("unscorable") or row.get("reason")
+    if told or row.get("reward") is None:
+        return str(told or "not scored")
+    if not row.get("said"):
+        return ""
+    if not row.get("correct"):
+        return "not the gold answer"
+    return "the gold answer" if str(row["said"]).strip() == str(row.get("answer", "")).strip() else "equals the gold answer"
+
+
+def _said(row: Row, text: str, task: str) -> str:
+    """What the grader took for the answer; where an older run did not keep it, what this page would take."""
+    if row.get("said") or row.get("unscorable") or row.get("reason") or row.get("finish") != "stop":
+        return str(row.get("said") or "")[:LONGEST_SAID]
+    return read_as(text, str(row.get("answer", "")), task)[:LONGEST_SAID]
+
+
+def read_as(text: str, gold: str, task: str) -> str:
+    """The answer that a task's usual grader takes from a completion; "" where none is known."""
     from keel.rewards.answer.extract import extract
-    from keel.rewards.exact import answer_in
+    from keel.rewards.exact import after_marker, answer_in
 
     if "grader=code" in task or "grader=judge" in task:
         return ""
+    if "arithmetic:" in task or "skills:" in task:
+        return after_marker()(text) or ""
     tail = text[-4000:]
-    found = extract(tail) if "grader=answer" in task else answer_in(tail, gold)
-    return (found or "")[:400]
+    return (extract(tail) if "grader=answer" in task else answer_in(tail, gold)) or ""

@@ -12,7 +12,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from keel.errors import KeelError, nearest
@@ -113,7 +113,8 @@ class Weighted:
         added = {name: self.parts[name].weight * (score.value or 0.0) for name, score in scores.items()}
         details = {f"{name}.{detail}": value for name, score in scores.items() for detail, value in score.parts.items()}
         reason = "; ".join(f"{name}: {score.reason}" for name, score in scores.items() if score.reason)
-        return Score(sum(added.values()), scores[self.correct].correct, reason, added | details)
+        whole = scores[self.correct]
+        return Score(sum(added.values()), whole.correct, reason, added | details, whole.said)
 
 
 class Gated:
@@ -152,4 +153,4 @@ class Gated:
         return Score(self.closed, False, f"{self.name}: {fault}", {f"{self.name}.open": 0.0})
 
     def _through(self, score: Score) -> Score:
-        return Score(score.value, score.correct, score.reason, {**score.parts, f"{self.name}.open": 1.0})
+        return replace(score, parts={**score.parts, f"{self.name}.open": 1.0})

@@ -84,6 +84,6 @@ def exact(extract: Extract) -> Callable[[Prompt, str], Score]:
         if answer is None:
             return Score(0.0, reason="no answer found")
         right = answer.strip() == prompt.answer.strip()
-        return Score(float(right), right)
+        return Score(float(right), right, said=answer)
 
     return grade

@@ -63,16 +63,16 @@ def grader(score_answer: Callable[[str, Mapping[str, Any]], float]) -> Callable[
         if not answer:
             return Score(0.0, reason="no answer found")
         if len(answer) > max(LONGEST, 4 * len(prompt.answer)):
-            return Score(0.0, reason="answer too long")
+            return Score(0.0, reason="answer too long", said=answer)
         if _NOT_A_NUMBER.search(answer) and not _NOT_A_NUMBER.search(prompt.answer):
-            return Score(0.0, reason="not a number")
+            return Score(0.0, reason="not a number", said=answer)
         try:
             value = float(score_answer(answer, prompt.data["entry"]))
         except Exception as error:  # scorers index into what a model wrote, and fail in as many ways
-            return Score(None, reason=f"the scorer raised {type(error).__name__}: {error}")
+            return Score(None, reason=f"the scorer raised {type(error).__name__}: {error}", said=answer)
         if not 0.0 <= value <= 1.0:  # NaN too
-            return Score(None, reason=f"the scorer returned {value}, which is not in [0, 1]")
-        return Score(value, value >= FULL)
+            return Score(None, reason=f"the scorer returned {value}, which is not in [0, 1]", said=answer)
+        return Score(value, value >= FULL, said=answer)
 
     return grade
 

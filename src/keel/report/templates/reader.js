@@ -183,14 +183,22 @@ const reader = {
     if (trace && !$("search").value) reader.tokens(text, trace, range); else reader.write(text, t.text[n], WHOLE, $("search").value);
     if (t.more[n]) text.append(make("p", "faint", `… and ${t.more[n].toLocaleString("en")} characters more, in rollouts.jsonl`));
     if (!t.text[n]) text.append(make("span", "faint", "(empty)"));
-    const said = make("div"), read = make("code");
-    if (t.said[n]) { reader.write(read, t.said[n], 400); said.append(make("span", "", "read as "), read); foot.append(said); }
-    if (t.reason[n]) { const why = make("div"); reader.write(why, t.reason[n], 2000); foot.append(why); }
+    reader.verdict(foot, n);
     if (reader.colour !== "none" && !trace && reader.view === "alone") foot.append(make("div", "faint", "Its tokens were not recorded; “with tokens first” finds those that were."));
     card.append(head, text);
     if (foot.childNodes.length) card.append(foot);
     if (reader.view !== "alone") card.addEventListener("click", () => { const place = reader.shown.indexOf(n); if (place >= 0) reader.go(place); });
     return card;
+  },
+
+  // What the grader took from it, what it said of that, and why.
+  verdict(foot, n) {
+    const t = reader.table, lines = make("dl", "why");
+    const line = (name, fill) => { const told = make("dd"); fill(told); lines.append(make("dt", "", name), told); };
+    if (t.said[n]) line("answer", (told) => { const read = make("code"); reader.write(read, t.said[n], 400); told.append(read); });
+    line("verdict", (told) => { told.append(make("b", `s${t.state[n]}`, STATES[t.state[n]][0])); if (t.reason[n]) { told.append(": "); reader.write(told, t.reason[n], 2000); } });
+    if (t.parts[n]) line("parts", (told) => reader.write(told, t.parts[n], 2000));
+    foot.append(lines);
   },
 
   // Text as it is; what cannot be seen, or would turn the rest around, as its number.

@@ -11,7 +11,7 @@ import re
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
 from typing import Literal
@@ -47,11 +47,13 @@ class Verdict:
         kind: the verdict.
         reason: why, where it is not obvious.
         by: the stage that decided: "number", "text", "choice", "own" or "math-verify".
+        said: the answer that was taken from a completion, where one was; the verdict is the same without it.
     """
 
     kind: Kind
     reason: str = ""
     by: str = ""
+    said: str = field(default="", compare=False)
 
     @property
     def correct(self) -> bool:
@@ -60,7 +62,7 @@ class Verdict:
     @property
     def score(self) -> Score:
         """1, 0, or unscorable, with the reason."""
-        return Score(None if self.kind == "unscorable" else float(self.correct), self.correct, self.reason)
+        return Score(None if self.kind == "unscorable" else float(self.correct), self.correct, self.reason, said=self.said)
 
 
 @dataclass(frozen=True)

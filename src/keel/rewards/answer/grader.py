@@ -6,6 +6,7 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -48,7 +49,7 @@ class AnswerGrader:
         found = find(text, truncated=truncated) if isinstance(text, str) else None
         if found is None or found.answer is None:
             return Verdict("wrong", f"no answer found: {found.note if found else 'no text'}", "extract")
-        return self.compare(found.answer, gold)
+        return replace(self.compare(found.answer, gold), said=found.answer)
 
     def compare(self, answer: str, gold: str) -> Verdict:
         """`equal` with the cache. An unscorable verdict is not kept: another try may succeed."""
