@@ -91,7 +91,7 @@ def evaluate(arguments: list[str]) -> None:
         parts = run.assemble(folder.config.replaced(overrides), run.trained_policy(folder, options.step))
     else:
         parts = run.assemble(load_config("solid", {"model": options.source} | overrides))
-    numbers = run.held_out(parts)
+    numbers = run.held_out(parts, standard=True)
     if options.json:
         print(json.dumps({"source": options.source, "task": parts.config.task, **numbers}))
         return
@@ -293,16 +293,21 @@ def study(arguments: list[str]) -> int:
     parser.add_argument("--out", default="", help="the study's folder (default: one below runs/); it can be gone on with")
     parser.add_argument("--seeds", type=int, help="runs of each arm (default: the study's)")
     parser.add_argument("--quick", action="store_true", help="the study's quick size")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one CPU thread each (default: %(default)s)")
+    parser.add_argument(
+        "--workers", type=int, help="runs at a time, one CPU thread each (default: 2; with --ray as many as the cluster holds)"
+    )
+    parser.add_argument(
+        "--ray", default="", metavar="ADDRESS", help="make the runs on this Ray cluster: auto, HOST:6379, ray://HOST:10001"
+    )
     parser.add_argument("--plan", action="store_true", help="print the arms and stop")
     parser.add_argument("--judge", action="store_true", help="start no run, and judge by those that have ended")
     parser.add_argument("--json", action="store_true", help="print the results as JSON on stdout")
-    parser.add_argument("--keep", default="", metavar="FOLDER", help="keep the results there too; without a study: what is kept there")
+    parser.add_argument("--keep", default="", metavar="FOLDER", help="keep results there too; without a study: what is kept there")
     o = parser.parse_args(arguments)
     from keel.lab.command import run
 
     how = {"plan_only": o.plan, "judge_only": o.judge, "as_json": o.json, "keep": o.keep}
-    return run(o.source, out=o.out, seeds=o.seeds, quick=o.quick, workers=o.workers, **how)
+    return run(o.source, out=o.out, seeds=o.seeds, quick=o.quick, workers=o.workers, ray=o.ray, **how)
 
 
 # ── report, view ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -2,6 +2,7 @@
 
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 import torch
@@ -9,8 +10,6 @@ import torch
 from keel.audit.certificate import certify, judge
 from keel.audit.facts import facts
 from keel.audit.identify import identify
-from keel.audit.whole import audit_everything
-from keel.audit.words import claims_markdown
 from keel.errors import KeelError
 from keel.objectives.estimators import ESTIMATORS
 from keel.objectives.objective import Objective
@@ -129,5 +128,6 @@ def test_what_follows_no_truth_is_said_to():
 
 
 def test_the_page_of_claims_is_current():
-    page = Path(__file__).parents[2] / "docs" / "claims.md"
-    assert page.read_text(encoding="utf-8") == claims_markdown(audit_everything()), "run: python docs/generate.py"
+    docs = Path(__file__).parents[2] / "docs"
+    pages = run_path(str(docs / "generate.py"))["PAGES"]
+    assert (docs / "claims.md").read_text(encoding="utf-8") == pages["claims.md"](), "run: make docs"

@@ -12,7 +12,7 @@ from keel.errors import KeelError
 from keel.lab.measures import Point, mean_over_tokens, series, value_at
 from keel.lab.predictions import Prediction
 from keel.lab.results import Outcome, Results, compact, pairs_of, results, table, unlike_tokens
-from keel.lab.runner import Job
+from keel.lab.runner import jobs_of
 from keel.lab.study import Study
 from keel.lab.verdicts import OPEN, Pairs, calls, decide, judge
 
@@ -243,7 +243,7 @@ def test_a_crash_is_a_collapse_at_its_last_step():
 def test_results_come_from_folders_and_are_small(tmp_path):
     study = Study(name="s", question="?", arms={"a": {}, "b": {}}, predictions=[
         {"says": "early", "arm": "b", "expect": "higher"}, {"says": "late", "arm": "b", "expect": "lower"}])  # fmt: skip
-    jobs = [Job(arm, seed, tmp_path / arm / str(seed), {}) for seed in range(10) for arm in "ab"]
+    jobs = jobs_of(study, study.resolved_arms(), tmp_path, 10)
     for job in jobs:
         job.out.mkdir(parents=True)
         end = 0.5 + 0.1 * (job.arm == "b") + 0.001 * ((7 * job.seed + len(job.arm)) % 10) * (job.arm == "b")

@@ -18,7 +18,7 @@ from keel.lab.predictions import VALIDATION, At, Prediction
 from keel.lab.runner import Job
 from keel.lab.statistics import bootstrap_interval, iqm, survival
 from keel.lab.study import Collapse, Study
-from keel.lab.tested import Tested, plan_of, tested
+from keel.lab.tested import Tested, covered, plan_of
 from keel.lab.verdicts import Pairs, Verdict, headline, judge
 
 SAMPLER = "eval/sampler/pass@1"
@@ -237,6 +237,7 @@ class Results:
         Args:
             command: that makes these results again.
         """
+        count = len(self.verdicts)
         return _short({
             "study": study.name,
             "question": study.question,
@@ -247,7 +248,7 @@ class Results:
             "range": self.tested.model_dump(),
             "plan": plan_of(study, quick),
             "headline": self.headline,
-            "rule": f"Holm over {len(self.verdicts)} predictions at .05; {study.confirm_seeds} seeds for more than a hint",
+            "rule": f"Holm over {count} prediction{'s' * (count != 1)} at .05; {study.confirm_seeds} seeds for more than a hint",
             "collapse": study.collapse.model_dump(),
             "predictions": [asdict(verdict) for verdict in self.verdicts],
             "arms": [row | curves for row, curves in zip(self.rows, self.curves, strict=True)],
@@ -271,7 +272,7 @@ def results(study: Study, jobs: Sequence[Job], quick: bool = False, registered: 
     ]
     curves = [_curves(runs) for runs in _by_arm(outcomes).values()]
     rows, notes = table(outcomes), check_origins([job.out for job in jobs])
-    return Results(rows, judge(pairs, study.confirm_seeds), curves, tested(jobs), (*unlike_tokens(rows), *notes))
+    return Results(rows, judge(pairs, study.confirm_seeds), curves, covered(jobs), (*unlike_tokens(rows), *notes))
 
 
 def unlike_tokens(rows: Sequence[Mapping[str, Any]], share: float = 0.1) -> tuple[str, ...]:

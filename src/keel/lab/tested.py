@@ -58,7 +58,7 @@ class Tested(BaseModel):
     hours: float
 
 
-def tested(jobs: Sequence[Job]) -> Tested:
+def covered(jobs: Sequence[Job]) -> Tested:
     """What these runs cover, whether or not they have begun."""
     settings = [dotted(job.config) for job in jobs]
     manifests = [manifest_of(job.out) for job in jobs]
@@ -77,7 +77,7 @@ def tested(jobs: Sequence[Job]) -> Tested:
 
 def planned(study: Study, quick: bool = False) -> Tested:
     """What a study is going to cover, by its file."""
-    return tested([
+    return covered([
         Job(arm.name, 0, Path("nowhere"), arm.config.model_dump(mode="json")) for arm in study.resolved_arms(quick)
     ])  # fmt: skip
 
