@@ -18,9 +18,10 @@ from keel.errors import KeelError
 from keel.evaluate.estimates import mean_interval
 from keel.lab.command import run, tabulated
 from keel.lab.differences import check_difference, check_folder, check_origins
+from keel.lab.job import Job, run_one
 from keel.lab.measures import Point, collapsed_at
 from keel.lab.results import Outcome, outcome, table
-from keel.lab.runner import Job, build_data, folder_name, jobs_of, run_jobs, run_one, write_plan
+from keel.lab.runner import build_data, folder_name, jobs_of, run_jobs, write_plan
 from keel.lab.study import Collapse, Study, load_study, shipped_studies
 from keel.lab.sweep import chosen, jobs_of_sweep, swept_arms
 from keel.run_folder import toml_of
@@ -174,7 +175,7 @@ def test_a_run_that_is_always_killed_is_reported(tmp_path, monkeypatch):
     plan = killing(tmp_path, monkeypatch, always=True)
     jobs = jobs_of(plan, plan.resolved_arms(), tmp_path / "out", 1)
     run_jobs(jobs, 1, lambda text: None)
-    assert "killed twice" in jobs[0].failure
+    assert "lost 2 times: its process was killed" in jobs[0].failure
 
 
 def test_workers_end_with_a_study_that_is_killed(tmp_path):

@@ -24,7 +24,8 @@ def run(
     out: str = "",
     seeds: int | None = None,
     quick: bool = False,
-    workers: int = 2,
+    workers: int | None = None,
+    ray: str = "",
     plan_only: bool = False,
     as_json: bool = False,
     judge_only: bool = False,
@@ -33,6 +34,8 @@ def run(
     """Run a study to its end, or go on with it; without a source, list those that are shipped.
 
     Args:
+        workers: runs at a time; None = two, or with Ray as many as the cluster holds.
+        ray: address of the Ray cluster that they run on; "" = processes of this machine.
         keep: a folder for results of studies, from which a ledger is made; without a source that ledger is printed.
         plan_only: print the arms and stop.
         judge_only: start no run, and judge by those that have ended.
@@ -52,7 +55,7 @@ def run(
     print(described(study, arms, count), file=sys.stdout if plan_only else sys.stderr)
     if plan_only:
         return 0
-    found = run_study(study, arms, place, count, 0 if judge_only else workers, quick)
+    found = run_study(study, arms, place, count, 0 if judge_only else workers, quick, ray)
     again = f"keel study {source}{' --quick' * quick}{f' --seeds {count}' * (count != study.seeds_for(None, quick))}"
     record = found.record(study, count, quick, again)
     write_atomically(place / "results.json", told := compact(record))
@@ -70,29 +73,31 @@ def _ledger(folder: Path) -> int:
     return 0
 
 
-def run_study(study: Study, arms: Sequence[Arm], place: Path, seeds: int, workers: int, quick: bool = False) -> Results:
+def run_study(
+    study: Study, arms: Sequence[Arm], place: Path, seeds: int, workers: int | None = None, quick: bool = False, ray: str = ""
+) -> Results:
     """Everything between a plan and what it came to: the sweep if there is one, then every arm under every seed.
 
     Args:
-        workers: runs at a time; with 0 none is started, and those on disk are judged.
+        workers, ray: as `run_jobs` takes them; with 0 workers no run is started, and those on disk are judged.
     """
     trials = jobs_of_sweep(study, arms, place)
     registered = write_plan(study, arms, jobs_of(study, arms, place, seeds), place)
-    if workers:
+    if workers != 0:
         build_data(study, place)
-    _run(trials, workers)
+    _run(trials, workers, ray)
     swept = chosen(study, arms, trials)
     arms = swept_arms(arms, swept)
     jobs = jobs_of(study, arms, place, seeds)
-    _run(jobs, workers)
+    _run(jobs, workers, ray)
     return replace(results(study, jobs, quick, registered), sweep=tuple(swept))
 
 
-def _run(jobs: Sequence[Job], workers: int) -> None:
+def _run(jobs: Sequence[Job], workers: int | None, ray: str) -> None:
     for job in jobs:
         check_folder(job.out, job.config)
-    if jobs and workers:
-        run_jobs(jobs, workers, lambda text: print(text, file=sys.stderr, flush=True))
+    if jobs and workers != 0:
+        run_jobs(jobs, workers, lambda text: print(text, file=sys.stderr, flush=True), ray)
 
 
 def in_words(found: Results) -> str:

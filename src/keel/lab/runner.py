@@ -1,52 +1,32 @@
-"""Running a study: a process for each run, a few at a time. A run that ended is never made again; one that was cut off goes on."""
+"""Running a study: its plan, its runs, and what is put down of them. A run that ended is never made again; one that was cut off
+goes on. Where they run is the business of `local` (processes of this machine) and `on_ray` (tasks of a Ray cluster).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
-import multiprocessing.connection
-import os
 import sys
-import threading
 import time
-import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from keel.config import RunConfig
 from keel.errors import KeelError
 from keel.files import json_of, write_atomically
+from keel.lab.job import End, Job, Runs
+from keel.lab.local import in_processes
 from keel.lab.places import FAILED, folder_name
 from keel.lab.predictions import Prediction
 from keel.lab.study import Arm, Study
 
 DATA = "data"  # what a study builds, in its folder: data.jsonl and its neighbours
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run of a study: an arm under one seed, and its folder."""
-
-    arm: str
-    seed: int
-    out: Path
-    config: dict[str, Any]
-
-    @property
-    def done(self) -> bool:
-        """Whether it ended, well or badly."""
-        return (self.out / "summary.json").exists() or self.failure != ""
-
-    @property
-    def failure(self) -> str:
-        """Why it could not end; "" otherwise."""
-        told = self.out.with_name(f"{self.out.name}.{FAILED}")
-        return told.read_text(encoding="utf-8") if told.exists() else ""
+LOCAL_WORKERS = 2
+MOST_LOST = 2  # times that a run's process may be lost; the last one counts as a failure
+SHARED_S = 60.0  # for what one machine wrote to be seen on another: network file systems keep what they know for a while
 
 
 def jobs_of(study: Study, arms: Sequence[Arm], out: Path, seeds: int, threads: int = 1) -> list[Job]:
@@ -80,86 +60,67 @@ def build_data(study: Study, out: Path) -> None:
         ) from None
 
 
-def run_jobs(jobs: Sequence[Job], workers: int, say: Callable[[str], None]) -> None:
-    """Run all that are not done, `workers` at a time.
+def run_jobs(jobs: Sequence[Job], workers: int | None, say: Callable[[str], None], ray: str = "") -> None:
+    """Run all that are not done.
 
-    A run that raises is reported beside its folder, and the others go on. A worker that is killed takes its runs with it once;
-    they go on from their checkpoints in a new pool. The second time they count as failed.
+    A run that raises is reported beside its folder, and the others go on. One whose process is lost goes on from its checkpoint in
+    another; lost as often as `MOST_LOST` says, it counts as failed.
+
+    Args:
+        workers: runs at a time; None = two, or with Ray as many as the cluster holds.
+        ray: address of a running Ray cluster, or "auto"; "" = processes of this machine.
+
+    Raises:
+        KeelError: the cluster cannot be used, or does not see the study's folder.
     """
     open_jobs = [job for job in jobs if not job.done]
     say(f"{len(jobs)} runs, {len(jobs) - len(open_jobs)} of them done")
-    begin, ended, killed = time.monotonic(), 0, dict.fromkeys((job.out for job in open_jobs), 0)
-    while open_jobs:
-        for job, lost in _in_pool(open_jobs, workers):
-            if lost:
-                killed[job.out] += 1
-                if killed[job.out] > 1:
-                    _record(job, "its process was killed twice (out of memory?)")
-            ended += job.done
-            left = (time.monotonic() - begin) / max(ended, 1) * (len(killed) - ended)
-            state = "cut off; it goes on" if not job.done else job.failure.strip().split("\n")[-1] or "done"
-            say(f"{ended}/{len(killed)}  {job.arm}, seed {job.seed}: {state}  ({left / 60:.0f} min left)")
-        open_jobs = [job for job in open_jobs if not job.done]
+    if not open_jobs:
+        return
+    begin, count, ended, lost = time.monotonic(), len(open_jobs), 0, Counter[Path]()
+    with _runs(open_jobs, workers, say, ray) as runs:
+        while open_jobs:
+            with contextlib.closing(runs(open_jobs)) as ends:
+                for end in ends:
+                    lost[end.job.out] += end.lost
+                    state = _settled(end, lost[end.job.out])
+                    ended += end.job.done
+                    left = (time.monotonic() - begin) / max(ended, 1) * (count - ended)
+                    say(f"{ended}/{count}  {end.job.arm}, seed {end.job.seed}: {state}  ({left / 60:.0f} min left)")
+            open_jobs = [job for job in open_jobs if not job.done]
 
 
-def _in_pool(jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, bool]]:
-    """(job, whether it was lost) as they end, until the pool is through or broken."""
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
-    waiting: dict[Future, Job] = {}
-    todo = iter(jobs)
-    try:
-        for job, _ in zip(todo, range(workers), strict=False):
-            waiting[pool.submit(run_one, job.config)] = job
-        while waiting:
-            ended, _ = wait(waiting, return_when=FIRST_COMPLETED)
-            for future in ended:
-                job = waiting.pop(future)
-                try:
-                    failure = future.result()
-                except BrokenProcessPool:
-                    yield job, True
-                    for other in waiting.values():
-                        yield other, True
-                    return
-                if failure:
-                    _record(job, failure)
-                following = next(todo, None)
-                if following is not None:
-                    waiting[pool.submit(run_one, following.config)] = following
-                yield job, False
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+@contextlib.contextmanager
+def _runs(jobs: Sequence[Job], workers: int | None, say: Callable[[str], None], ray: str) -> Iterator[Runs]:
+    """What works on jobs, for as long as the study runs."""
+    if not ray:
+        yield partial(in_processes, workers=workers or LOCAL_WORKERS)
+        return
+    from keel.lab.on_ray import cluster
+
+    with cluster(ray, jobs, workers, say) as runs:
+        yield runs
 
 
-def _end_with_parent() -> None:
-    """A worker whose study was killed ends too; its run goes on from its checkpoint another time."""
-    parent = multiprocessing.parent_process()
+def _settled(end: End, lost: int) -> str:
+    """Put down what became of a run; the same in a few words."""
+    job = end.job
+    if end.lost and (job.done or lost < MOST_LOST):
+        return "done" if job.done else "cut off; it goes on"
+    text = f"lost {lost} times: {end.failure}" if end.lost else end.failure
+    if not text and not _shows(job):
+        text = f"it ended, and left no summary.json in {job.out}. Was something else written to that folder?"
+    if text:
+        _record(job, text)
+    return text.strip().split("\n")[-1] or "done"
 
-    def watch() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
 
-    if parent is not None:
-        threading.Thread(target=watch, daemon=True).start()
-
-
-def run_one(settings: dict[str, Any]) -> str:
-    """Train, or go on training, in this process; "" or what went wrong."""
-    from keel import run
-    from keel.config import RunConfig
-
-    try:
-        config = RunConfig(**settings)
-        if (Path(config.out) / "config.toml").exists():
-            run.resume(config.out, quiet=True)
-        else:
-            run.train(config, quiet=True)
-    except KeelError as fault:
-        return str(fault)
-    except Exception:  # one run's fault must not end the others
-        return traceback.format_exc()
-    return ""
+def _shows(job: Job) -> bool:
+    """Whether a run's end can be seen; from another machine it may take a moment to get here."""
+    until = time.monotonic() + SHARED_S
+    while not job.done and time.monotonic() < until:
+        time.sleep(0.2)
+    return job.done
 
 
 def _record(job: Job, failure: str) -> None:
