@@ -216,7 +216,7 @@ def _top(entry: Entry) -> list[str]:
 
 def _below(entry: Entry) -> list[str]:
     names = CERTIFIED.get(entry.name, ()) if entry.study else ()
-    return [f"Certificates below: {', '.join(f'`{name}`' for name in names)}."] if names else []
+    return [f"Certificates (`keel audit`): {', '.join(f'`{name}`' for name in names)}."] if names else []
 
 
 def _found(told: KeptPrediction) -> str:
@@ -229,8 +229,9 @@ def _broken(kept: Kept) -> list[str]:
     planned_runs, missing = sum(arm.runs for arm in kept.arms), sum(arm.runs - arm.ended for arm in kept.arms)
     told = [f"{missing} of {_many(planned_runs, 'run')} have not ended: {_arms(kept, lambda a: a.runs - a.ended)}."] * (missing > 0)
     if any(arm.failed for arm in kept.arms):
-        why = next(f"{_plain(arm.arm)}, seed {seed}: {_plain(text)}" for arm in kept.arms for seed, text in arm.failures.items())
-        told.append(f"{_many(sum(a.failed for a in kept.arms), 'run')} failed: {_arms(kept, lambda a: a.failed)} ({why}).")
+        why = [f"{_plain(arm.arm)}, seed {seed}: {_plain(text)}" for arm in kept.arms for seed, text in arm.failures.items()]
+        many = _many(sum(arm.failed for arm in kept.arms), "run")
+        told.append(f"{many} failed: {_arms(kept, lambda a: a.failed)} ({_each(why, '; ', 3)}).")
     fell = sum(arm.collapsed for arm in kept.arms)
     return [*told, *[f"{_many(fell, 'run')} collapsed: {_arms(kept, lambda a: a.collapsed)}."] * (fell > 0)]
 
