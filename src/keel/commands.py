@@ -91,7 +91,7 @@ def evaluate(arguments: list[str]) -> None:
         parts = run.assemble(folder.config.replaced(overrides), run.trained_policy(folder, options.step))
     else:
         parts = run.assemble(load_config("solid", {"model": options.source} | overrides))
-    numbers = run.held_out(parts, standard=True)
+    numbers = run.held_out(parts)
     if options.json:
         print(json.dumps({"source": options.source, "task": parts.config.task, **numbers}))
         return
