@@ -80,23 +80,37 @@ def evaluate(arguments: list[str]) -> None:
     parser = parser_of("eval", evaluate, settings=True)
     parser.add_argument("source", help="a run folder (its own task, template and sampling hold) or a model")
     parser.add_argument("--step", type=int, help="of a run: the checkpoint of this step, not the newest")
+    parser.add_argument("--alone", action="store_true", help="of a run: do not compare with the model before training")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON on stdout")
     options, overrides = read(parser, arguments)
     from keel import run
     from keel.config import load_config
     from keel.run_folder import RunFolder
 
-    if os.path.isfile(os.path.join(options.source, "config.toml")):
-        folder = RunFolder.open(options.source)
+    folder = RunFolder.open(options.source) if os.path.isfile(os.path.join(options.source, "config.toml")) else None
+    if folder:
         parts = run.assemble(folder.config.replaced(overrides), run.trained_policy(folder, options.step))
     else:
         parts = run.assemble(load_config("solid", {"model": options.source} | overrides))
-    numbers = run.held_out(parts)
+    numbers = run.held_out(parts, standard=True)
+    before = run.before_training(folder, parts.config, numbers) if folder and not options.alone else {}
+    _print_evaluation(options, parts.config.task, numbers, before)
+
+
+def _print_evaluation(options: argparse.Namespace, task: str, numbers: dict[str, float], before: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from keel.summary import against, skills_table
+
+    panel = against(before, numbers, task)
     if options.json:
-        print(json.dumps({"source": options.source, "task": parts.config.task, **numbers}))
+        print(json.dumps({"source": options.source, "task": task, **numbers} | ({"panel": panel} if panel else {})))
         return
     width = max(map(len, numbers))
     print(*(f"{name:<{width}}  {value:.4g}" for name, value in numbers.items()), sep="\n")
+    if panel:
+        print()
+        Console().print(skills_table(panel))
 
 
 # ── pretrain ──────────────────────────────────────────────────────────────────────────────────────────────────────────

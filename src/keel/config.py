@@ -129,6 +129,7 @@ class EvaluationSettings(Section):
     samples: int = Field(4, ge=1, description="completions of each")
     ks: tuple[int, ...] = Field((1,), description="the k of each pass@k; at most `samples`")
     panel: tuple[str, ...] = Field((), description="other tasks to evaluate too: what is forgotten, what generalises")
+    standard_panel: bool = Field(True, description="before and after, also a few hundred short completions of other skills")
 
     @model_validator(mode="after")
     def _enough_samples(self) -> EvaluationSettings:

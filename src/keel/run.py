@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from keel.config import RunConfig, load_config
 from keel.errors import KeelError
@@ -26,7 +25,7 @@ from keel.objectives.recipes import Recipe
 from keel.progress import Display, display
 from keel.rollout.engine import Engine, Seed
 from keel.run_folder import RunFolder
-from keel.summary import panel_name, summarise
+from keel.summary import closing_table, panel_name, summarise
 from keel.tasks.task import Task, get_task
 from keel.training import checkpoint
 from keel.training.loop import StepRecord, Trainer, iterate
@@ -69,8 +68,9 @@ class Run:
     def report(self) -> None:
         """Print what the run came to, and where its picture is."""
         console = Console()
-        console.print(_table(self.summary))
-        console.print(f"curves   {self.folder.curves}\nrun      {self.folder.path}", highlight=False, soft_wrap=True)
+        console.print(closing_table(self.summary))
+        places = {"curves": self.folder.curves, "run": self.folder.path, "page": f"keel report {self.folder.path}"}
+        console.print("\n".join(f"{name:<8} {place}" for name, place in places.items()), highlight=False, soft_wrap=True)
 
 
 def train(
@@ -163,8 +163,9 @@ def _loaded(config: RunConfig) -> Policy:
     return load_policy(config.model, template=config.template, lora=lora, device=config.train.device, seed=config.seed)
 
 
-def held_out(parts: Parts) -> dict[str, float]:
-    """Every number of one evaluation by its metric's name: the task's test split, and each panel task's.
+def held_out(parts: Parts, standard: bool = False) -> dict[str, float]:
+    """Every number of one evaluation by its metric's name: the task's test split, and each panel task's; at both ends of a run
+    (`standard`) the standard panel's too.
 
     The template, the sampling and the reward are training's own. The policy is the trainer's: where the engine is not
     exact another one stands in for it, and what it scores itself on the task is told as `eval/sampler/…`.
@@ -175,9 +176,20 @@ def held_out(parts: Parts) -> dict[str, float]:
     for name, task in (("", parts.task), *parts.panel.items()):
         numbers = _evaluated(parts, engine, task)
         told |= {f"eval/{name}/{key}" if name else f"eval/{key}": value for key, value in numbers.items()}
+    if standard and parts.config.evaluation.standard_panel:
+        for name, numbers in _standard_panel(parts, engine).items():
+            told |= {f"eval/{name}/{key}": value for key, value in _named(numbers).items()}
     if not exact:
         told |= {f"eval/sampler/{key}": value for key, value in _evaluated(parts, parts.engine, parts.task).items()}
     return told | {"time/eval_s": time.perf_counter() - start}
+
+
+def before_training(folder: RunFolder, config: RunConfig, names: Iterable[str]) -> dict[str, Any]:
+    """The same numbers of the model that a run began with: as its first row has them, or measured now where it has not, or where
+    the settings are no longer the run's.
+    """
+    first = next((row for row in folder.rows() if row["step"] == 0), {})
+    return first if config == folder.config and set(names) <= first.keys() else held_out(assemble(config), standard=True)
 
 
 def _exact_engine(policy: Policy) -> Engine:
@@ -194,6 +206,14 @@ def _evaluated(parts: Parts, engine: Engine, task: Task) -> dict[str, float]:
     seed = Seed(parts.config.seed, EVALUATION)
     ks, sampling = tuple(sorted({1, *settings.ks})), parts.config.sampling.distribution()
     return _named(evaluate(engine, prompts, task, sampling, settings.samples, seed, ks))
+
+
+def _standard_panel(parts: Parts, engine: Engine) -> dict[str, dict[str, float]]:
+    from keel.evaluate.standard import standard_panel
+
+    config, most = parts.config, parts.config.evaluation.prompts * parts.config.evaluation.samples
+    besides, seed = (config.task, *config.evaluation.panel), Seed(config.seed, EVALUATION)
+    return standard_panel(engine, parts.policy, besides, config.sampling.distribution(), most, seed)
 
 
 def _named(numbers: dict[str, float]) -> dict[str, float]:
@@ -223,7 +243,7 @@ class _Session:
         try:
             with stop_requests(self.display.say) as stop:
                 if not self.rows:
-                    self._write(0, held_out(self.parts))
+                    self._write(0, held_out(self.parts, standard=True))
                 self._stop_if_asked(stop)
                 for record in iterate(self.trainer):
                     self._after(record)
@@ -243,7 +263,7 @@ class _Session:
         metrics = dict(record.metrics)
         if record.batch_ends and (last or _crossed(config.evaluation.every, self._last("eval/pass@1"), step)):
             self.trainer.wake()
-            metrics |= held_out(self.parts)
+            metrics |= held_out(self.parts, standard=last)
         if record.skipped:
             self.display.say(f"step {step} was skipped: the gradient of {record.skipped} was not finite; no weight changed")
         self.folder.add_rollouts(step, record.groups)
@@ -360,28 +380,3 @@ def _longest_prompt(policy: Policy, tasks: tuple[Task, ...], looked_at: int = 64
     prompts = [prompt for task in tasks for prompt in (*task.train, *task.test)]
     wordy = sorted(prompts, key=lambda prompt: len(prompt.text))[-looked_at:]
     return max((len(policy.template.render(prompt, policy.tokenizer).token_ids) for prompt in wordy), default=0)
-
-
-def _table(summary: dict[str, Any]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for heading in ("held out", "before", "after"):
-        table.add_column(heading, justify="left" if heading == "held out" else "right")
-    evaluation = {name: ends for name, ends in summary["eval"].items() if name != "panel"}
-    low, high = (evaluation.pop(f"pass@1_{end}", {}) for end in ("low", "high"))
-    for name, ends in evaluation.items():
-        table.add_row(name, *(_short(ends[when]) for when in ("before", "after")))
-        if name == "pass@1" and low and high:
-            table.add_row("  95 %", *(f"{_short(low[when])} – {_short(high[when])}" for when in ("before", "after")))
-    for task, ends in summary["eval"]["panel"].items():
-        table.add_row(f"{task} pass@1", *(_short(ends[when]) for when in ("before", "after")))
-    for name in ("steps", "tokens", "seconds", "clip_frac_max", "gap_max_abs_nats"):
-        table.add_row(name, "", _short(summary[name]))
-    return table
-
-
-def _short(value: float | None) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.3g}" if abs(value) < 1 else f"{value:,.1f}"

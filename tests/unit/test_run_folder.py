@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from keel.curves import draw, smooth
 from keel.errors import KeelError
 from keel.files import append_jsonl, cut_jsonl, json_of, read_jsonl, write_atomically
 from keel.run_folder import RunFolder, environment, git_revision, place_of
-from keel.summary import panel_name, summarise
+from keel.summary import against, closing_table, difference, moved, panel_name, skills_of, summarise
 from keel.types import Group, Prompt, Score
 
 
@@ -175,6 +176,67 @@ def test_the_summary_of_a_run():
     assert told["eval"]["panel"] == {"skills:reverse": {"before": 0.8, "after": 0.7}}
     assert (told["clip_frac_max"], told["gap_max_abs_nats"]) == (0.1, 3e-5)
     assert (told["steps"], told["tokens"], told["seconds"]) == (3, 250, 3.5)
+
+
+def share(name, mean, half):
+    return {f"eval/{name}/pass@1": mean, f"eval/{name}/pass@1_low": mean - half, f"eval/{name}/pass@1_high": mean + half}
+
+
+def test_a_skill_has_its_change_with_an_interval():
+    rows = [{"step": 0} | share("sort", 0.8, 0.03) | share("max", 0.5, 0.04), {"step": 7} | share("sort", 0.7, 0.04)]
+    panel = summarise([*rows, {"step": 8} | share("max", 0.53, 0.03)])["eval"]["panel"]
+    assert panel["sort"] == pytest.approx({"before": 0.8, "after": 0.7, "change": -0.1, "low": -0.15, "high": -0.05})
+    assert panel["max"] == pytest.approx({"before": 0.5, "after": 0.53, "change": 0.03, "low": -0.02, "high": 0.08})
+
+
+def test_what_was_measured_at_one_end_only_has_no_change():
+    """A run that began before there was a panel, or one that has not ended."""
+    late, early = (
+        summarise([{"step": 0}, {"step": 3} | share("sort", 0.8, 0.1)]),
+        summarise([{"step": 0} | share("sort", 0.8, 0.1)]),
+    )
+    assert late["eval"]["panel"]["sort"] == {"before": None, "after": 0.8}
+    assert early["eval"]["panel"]["sort"] == {"before": 0.8, "after": None}
+
+
+def test_the_engines_own_number_is_no_skill():
+    assert [skill.name for skill in skills_of([share("sampler", 0.5, 0.1) | share("sort", 0.5, 0.1) | {"eval/pass@1": 0.5}])] == [
+        "sort"
+    ]
+
+
+@pytest.mark.parametrize(("ends", "told"), [((0.1, 0.01, 0.2), "rose"), ((-0.1, -0.2, -0.01), "fell"), ((0.1, -0.01, 0.2), "same")])
+def test_only_an_interval_without_zero_is_a_change(ends, told):
+    assert moved(ends) == told and moved(None) == ""
+
+
+def test_the_interval_of_a_difference_is_newcombes():
+    """His example: 56/70 against 48/80, Wilson's intervals, method 10: .2 (.0524 to .3339)."""
+    from keel.evaluate.estimates import wilson
+
+    found = difference((48 / 80, *wilson(48 / 80, 80)), (56 / 70, *wilson(56 / 70, 70)))
+    assert found == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)
+
+
+def test_two_evaluations_side_by_side():
+    before, after = {"eval/pass@1": 0.2} | share("sort", 0.8, 0.03), {"eval/pass@1": 0.4} | share("sort", 0.7, 0.04)
+    told = against(before, after, "sums:2digit")
+    assert told["sums:2digit"] == {"before": 0.2, "after": 0.4} and told["sort"]["change"] == pytest.approx(-0.1)
+    assert against({}, after, "sums:2digit") == {}
+
+
+def test_the_closing_words_tell_skills_apart():
+    from rich.console import Console
+
+    rows = [
+        {"step": 0} | share("sort", 0.8, 0.03) | share("max", 0.5, 0.04),
+        {"step": 7} | share("sort", 0.7, 0.04) | share("max", 0.5, 0.04),
+    ]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(closing_table(summarise(rows)))
+    told = console.export_text()
+    assert "-0.10 (-0.15 – -0.05) fell" in told and "+0.00 (-0.06 – +0.06)" in told and "rose" not in told
+    assert max(map(len, told.splitlines())) <= 80
 
 
 def test_the_summary_of_nothing():

@@ -191,8 +191,8 @@ class _Table:
     """Completions as columns; what many share is said once."""
 
     def __init__(self) -> None:
-        names = ("run", "step", "prompt", "sample", "text", "more", "reward", "state", "cut", "tokens", "said", "reason", "parts", "trace")
-        self.columns: dict[str, list[Any]] = {name: [] for name in names}
+        names = ("run", "step", "prompt", "sample", "text", "more", "reward", "state", "cut", "tokens", "trace")
+        self.columns: dict[str, list[Any]] = {name: [] for name in (*names, "said", "reason", "parts")}
         self.prompts: list[dict[str, str]] = []
         self.traces: list[dict[str, Any]] = []
         self._known: dict[tuple[str, str], int] = {}
