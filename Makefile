@@ -14,7 +14,7 @@ BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check --constraint constraints.txt
 LISTS   := pyproject.toml constraints.txt
 VLLM    := .venv-vllm
-TESTED  := dev,lora,gguf,data,reasoning-gym,math,judge,report
+TESTED  := dev,lora,gguf,data,reasoning-gym,math,judge,report,ray
 
 # Without compiled files every process takes some seconds longer to begin, and tests and studies begin many.
 unexport PYTHONDONTWRITEBYTECODE

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -88,8 +89,13 @@ def _check_answers(address: str) -> None:
     except subprocess.TimeoutExpired:
         raise KeelError(f"No Ray cluster answered at {address!r} within {CONNECT_S:.0f} s. " + _what_to_do()) from None
     if tried.returncode:
-        said = (tried.stderr.strip().splitlines() or [f"exit code {tried.returncode}"])[-1]
-        raise KeelError(f"There is no Ray cluster to be used at {address!r}: {said} " + _what_to_do())
+        raise KeelError(f"There is no Ray cluster to be used at {address!r}: {_first_fault(tried.stderr)}. " + _what_to_do())
+
+
+def _first_fault(stderr: str) -> str:
+    """The exception that others follow from: the first line of its own in tracebacks, and what it goes on with."""
+    found = re.search(r"^[\w.]+(?:Error|Exception|Exit): [^\n]*(?:\n[ \t]+\S[^\n]*)*", stderr, re.MULTILINE)
+    return " ".join((found[0] if found else stderr[-400:]).split()).rstrip(".")
 
 
 def _check_listens(address: str) -> None:
