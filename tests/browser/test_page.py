@@ -58,10 +58,14 @@ def browser():
         driver.quit()
 
 
+def share(skill: str, value: float) -> dict[str, float]:
+    return {f"eval/{skill}pass@1{end}": value + by for end, by in (("", 0.0), ("_low", -0.05), ("_high", 0.05))}
+
+
 def run_of(path: Path, said, traces=(), **settings) -> Path:
     folder = RunFolder.create(RunConfig(out=str(path), **settings), {})
     rows = [{"step": n, "tokens/total": 500.0 * n, "reward/mean": n / 40, "policy/entropy_nats": 1 - n / 60} for n in range(1, 41)]
-    ends = [{"eval/pass@1": v, "eval/pass@1_low": v - 0.05, "eval/pass@1_high": v + 0.05} for v in (0.2, 0.6)]
+    ends = [share("", v) | share("skills:sort/", w) for v, w in ((0.2, 0.8), (0.6, 0.6))]
     append_jsonl(folder.metrics, [{"step": 0} | ends[0], *rows[:-1], rows[-1] | ends[1]])
     folder.rollouts.write_text("".join(json.dumps(row) + "\n" for row in said))
     folder.tokens.write_text("".join(json.dumps(row) + "\n" for row in traces))
@@ -75,6 +79,7 @@ def rollout(n: int, text: str | None = None, **changes):
         "step": step, "prompt_id": f"p{prompt}", "sample": sample, "prompt": f"{prompt}+{prompt}=", "answer": str(2 * prompt),
         "completion": f"A:{2 * prompt + (not right)}" if text is None else text, "reward": float(right), "correct": right,
         "finish": "length" if n % 5 == 0 else "stop", "tokens": 4,
+        "said": f"{2 * prompt + (not right)}",
     } | changes  # fmt: skip
 
 
@@ -171,6 +176,38 @@ def test_it_opens_draws_filters_and_colours_without_a_complaint(browser, small):
     until(browser, "return reader.shown.length === 11")  # 77 and 770 … 779
     assert browser.find_element("css selector", "#detail mark").text == "other 77"
     assert complaints(browser) == []
+
+
+def test_the_reader_says_what_was_taken_for_the_answer_and_why(browser, small):
+    opened(browser, small.as_uri())
+    browser.execute_script("$('order').value = ''; reader.choose(null); reader.view = 'alone'; reader.go(0)")
+    told = browser.find_element("css selector", ".why").text.split("\n")
+    assert told == ["answer", "0", "verdict", "right: the gold answer"]
+    browser.execute_script("reader.go(1)")
+    assert browser.find_element("css selector", ".why").text.split("\n") == ["answer", "1", "verdict", "wrong: not the gold answer"]
+
+
+def test_generalisation_and_forgetting_are_a_table(browser, small):
+    opened(browser, small.as_uri())
+    table = browser.find_element("id", "skills-table")
+    assert [each.text for each in table.find_elements("css selector", "thead th")] == ["skill", "one", "two"]
+    assert [each.text.split("\n")[0] for each in table.find_elements("css selector", "tbody th")][1:] == ["skills:sort"]
+    cell = table.find_elements("css selector", "tbody tr:nth-child(2) td")[0]
+    assert cell.text == "0.800 → 0.600−0.200 (−0.271 to −0.129)" and cell.get_attribute("class") == "number bad"
+
+
+def test_nothing_is_wider_than_a_telephone(browser, small):
+    size = {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        opened(browser, small.as_uri())
+        for view in ("alone", "group", "two"):
+            browser.execute_script("reader.view = arguments[0]; reader.detail()", view)
+            assert browser.execute_script("return document.documentElement.scrollWidth") <= 400
+        wide = "[...document.querySelectorAll('.bar *, .tools *')].filter((e) => e.getBoundingClientRect().right > 400).length"
+        assert js(browser, wide) == 0
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_light_and_dark(browser, small):

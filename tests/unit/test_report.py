@@ -19,8 +19,9 @@ from keel.files import append_jsonl
 from keel.report import page
 from keel.report.command import report
 from keel.report.data import LONGEST, chosen_steps, read_run, rollouts, spread
-from keel.report.figures import figures
+from keel.report.figures import figures, series_of
 from keel.report.page import html, payload, shown
+from keel.report.skills import skills_table
 from keel.report.study import read_study, triple
 from keel.report.view import serving
 from keel.run_folder import RunFolder
@@ -208,6 +209,56 @@ def test_figures_are_figures_of_plotly(make_run):
     assert next(figure for figure in drawn if figure["title"] == "Clip")["flat"] == "0 at every step"
 
 
+def skill(name, mean, half=0.05):
+    return {f"eval/{name}/pass@1": mean, f"eval/{name}/pass@1_low": mean - half, f"eval/{name}/pass@1_high": mean + half}
+
+
+def test_the_table_of_skills_says_what_moved(make_run):
+    rows = [
+        metrics(0, **held_out(0.2, 0.1, 0.3), **skill("skills:sort", 0.8), **skill("skills:max", 0.5)),
+        metrics(2, **held_out(0.5, 0.4, 0.6), **skill("skills:sort", 0.6), **skill("skills:max", 0.54), **skill("sampler", 0.5)),
+    ]
+    what = shown([make_run(rows=rows, task="arithmetic:medium")])
+    told = data_of(html(what))["skills"]
+    assert [(row["name"], row["trained"]) for row in told["rows"]] == [
+        ("arithmetic:medium", True), ("skills:sort", False), ("skills:max", False)
+    ]  # fmt: skip
+    cells = [row["cells"][0] for row in told["rows"]]
+    assert [cell["verdict"] for cell in cells] == ["rose", "fell", "within its interval"]
+    assert (cells[1]["before"], cells[1]["after"], cells[1]["change"]) == ("0.800", "0.600", "−0.200 (−0.271 to −0.129)")
+    assert "Other skills: skills:sort fell; skills:max stayed where it was, within intervals." in page.head(what)["notes"]
+
+
+def test_without_other_skills_there_is_no_table(make_run):
+    assert data_of(html(shown([make_run()])))["skills"] is None
+
+
+def test_skills_of_an_arm_change_seed_by_seed(study_folder):
+    for arm, moves in (("a", (0.1, 0.1)), ("b-c", (0.1, 0.3))):
+        for seed, move in enumerate(moves):
+            rows = [
+                metrics(0, **held_out(0.2, 0.1, 0.3), **skill("sort", 0.5)),
+                metrics(2, **held_out(0.3, 0.2, 0.4), **skill("sort", 0.5 + move)),
+            ]
+            (study_folder / arm / str(seed) / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = skills_table(series_of(read_study(study_folder).runs))
+    assert told["columns"] == ["a", "b · c"]
+    one, other = told["rows"][1]["cells"]
+    assert one["change"] == "+0.100 (+0.100 to +0.100)" and one["tone"] == "good"
+    assert other["change"] == "+0.200 (−1.071 to +1.471)" and other["tone"] == "" and other["after"] == "0.700"
+
+
+def test_seeds_that_miss_different_steps_are_still_averaged_step_by_step(study_folder):
+    """No answer was wrong in some batch of some seed: the rest of the curve is not lost, and steps are not mixed up."""
+    for seed in (0, 1):
+        rows = [metrics(n) | ({} if n % 50 == 7 * seed else {"length/wrong_mean": float(n)}) for n in range(1, 201)]
+        (study_folder / "a" / str(seed) / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawn = next(f for f in figures([run for run in read_study(study_folder).runs if run.arm == "a"]) if f["title"] == "Length")
+    line = next(trace for trace in drawn["data"] if trace.get("meta") != "band" and trace["line"]["dash"] == "dash")
+    assert len(line["y"]) == 60 and line["text"][-1] == "step 200"
+    assert all(abs(y - x / 100) < 4 for x, y in zip(line["x"], line["y"], strict=True))  # 100 tokens a step
+
+
 # ── studies ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -248,6 +299,11 @@ def test_verdicts_come_first_in_a_study(study_folder):
     text = html(shown([study_folder]))
     assert re.search(r"<h1[^>]*>([^<]*)</h1>", text)[1] == "Supported: b ends above a."
     assert "Is &lt;b&gt; better?" in text and '<li class="good">' in text and "+0.2 (0.1 to 0.3)" in text
+    few = [{"says": f"{each} one.", "verdict": each} for each in ("refuted", "too small to tell", "too small to tell")]
+    results(study_folder, predictions=few)
+    assert page.head(shown([study_folder]))["headline"] == "Refuted: refuted one. The other 2 are too small to tell."
+    results(study_folder, predictions=[*few[:2], {"says": "y", "verdict": "points to it"}])
+    assert page.head(shown([study_folder]))["headline"].endswith("Of the other 2: 1 with a hint for it, 1 too small to tell.")
     several = [{"says": "x", "verdict": each} for each in ("supported", "refuted", "too small to tell", "supported")]
     results(study_folder, predictions=several)
     assert page.head(shown([study_folder]))["headline"] == "Of 4 predictions: 2 supported, 1 refuted, 1 too small to tell."

@@ -13,6 +13,7 @@ from typing import Any
 
 from keel.report.data import Row, RunData
 from keel.report.study import triple
+from keel.summary import is_of_panel
 
 COLOURS = ("#4c7fe0", "#d98b0f", "#2a9d74", "#d0554d", "#8b6fd8", "#2196a8", "#c65f9b", "#8795a1",
            "#a2783c", "#6d9b3a", "#5d66c9", "#b5838d")  # fmt: skip
@@ -39,6 +40,7 @@ class Panel:
         bounds: metrics of the lower and upper end of a single run's interval.
         log: a logarithmic axis; means and intervals are then those of logarithms.
         zero: the axis begins at 0.
+        percent: a share that is told in percent.
         most: no value can be larger, and none smaller than 0: intervals are drawn up to there.
     """
 
@@ -48,6 +50,7 @@ class Panel:
     bounds: tuple[str, str] | None = None
     log: bool = False
     zero: bool = True
+    percent: bool = False
     most: float = math.inf
 
     def drawn(self, value: float) -> float:
@@ -63,12 +66,12 @@ PANELS = (
     Panel("Training reward", "mean of a batch", {"reward/mean": "solid"}, zero=False),
     Panel("Entropy", "nats a token", {"policy/entropy_nats": "solid"}),
     Panel("Length", "tokens: right solid, wrong dashed", {"length/right_mean": "solid", "length/wrong_mean": "dash"}),
-    Panel("Cut off", "share of completions at the length cap", {"length/truncated_frac": "solid"}, most=1.0),
+    Panel("Cut off", "share of completions at the length cap", {"length/truncated_frac": "solid"}, percent=True, most=1.0),
     Panel("Engine gap", "largest |logp_old − logp_rollout| in nats", {"gap/max_abs_nats": "solid"}, log=True),
-    Panel("Clip", "share of tokens at which the clip binds", {"policy/clip_frac": "solid"}, most=1.0),
-    Panel("Live groups", "share with right and wrong answers", {"group/live_frac": "solid"}, most=1.0),
+    Panel("Clip", "share of tokens at which the clip binds", {"policy/clip_frac": "solid"}, percent=True, most=1.0),
+    Panel("Live groups", "share with right and wrong answers", {"group/live_frac": "solid"}, percent=True, most=1.0),
     Panel("Distance from the reference", "k3 in nats a token", {"kl/ref_k3_nats": "solid"}),
-    Panel("Without a verdict", "share of completions", {"reward/unscorable_frac": "solid"}, most=1.0),
+    Panel("Without a verdict", "share of completions", {"reward/unscorable_frac": "solid"}, percent=True, most=1.0),
     Panel("Gradient norm", "before clipping", {"train/grad_norm": "solid"}),
 )  # fmt: skip
 SILENT = {"reward/unscorable_frac", "length/truncated_frac"}  # not shown where they are 0 throughout
@@ -149,29 +152,34 @@ def _curves(panel: Panel, lines: Sequence[Series]) -> dict[str, Any] | None:
     if not seen or (not any(seen) and SILENT & panel.names.keys()):
         return None
     flat = "0 at every step" if not any(seen) else ""
-    return _figure(panel.title, panel.note, traces, TOKENS, log=panel.log, zero=panel.zero, flat=flat)
+    figure = _figure(panel.title, panel.note, traces, TOKENS, log=panel.log, zero=panel.zero, flat=flat)
+    figure["layout"]["yaxis"] |= {"tickformat": "~p"} if panel.percent else {}
+    return figure
 
 
 def _traced(
     line: Series, curves: Sequence[list[tuple[int, float, float]]], dash: str, panel: Panel, bounds: tuple[str, str] | None
 ) -> list[dict[str, Any]]:
     """The line of a metric, below it its interval: over seeds, or over the held-out prompts of a single run."""
-    middle = _over_seeds([_binned(_logarithms(curve) if panel.log else curve) for curve in curves])
+    bins = _bins(curves)
+    shared = _over_seeds([_binned(_logarithms(curve) if panel.log else curve, bins) for curve in curves])
+    middle = list(shared.values())
     x = [p[1] for p in middle]
     y, low, high = ([panel.drawn(p[n]) for p in middle] for n in (2, 3, 4))
     if bounds:
         ends = [_curve(line.runs[0].rows, name) for name in bounds]
-        if len(ends[0]) == len(ends[1]) == len(x):
-            low, high = ([p[2] for p in end] for end in ends)
+        if all(len(end) == len(curves[0]) for end in ends):
+            low, high = ([p[2] for p in _binned(end, bins).values()] for end in ends)
     told = []
     if all(map(math.isfinite, [*low, *high])) and high != low:
         told.append(_band(line, x, low, high))
     text = [f"step {p[0]}" for p in middle]
-    few = len(x) <= 20 and not panel.log
+    few, number = len(x) <= 20 and not panel.log, ".3~p" if panel.percent else ".4~g"
     told.append(
         {"type": "scatter", "x": x, "y": y, "text": text, "name": line.name, "legendgroup": line.name,
          "mode": "lines+markers" if few else "lines", "line": {"color": line.colour, "width": 2, "dash": dash},
-         "marker": {"size": 5}, "hovertemplate": "%{y:.4~g}<br>%{text}, %{x:.3~s} tokens<extra>%{fullData.name}</extra>"}
+         "marker": {"size": 5}, 
+         "hovertemplate": f"%{{y:{number}}}<br>%{{text}}, %{{x:.3~s}} tokens<extra>%{{fullData.name}}</extra>"}
     )  # fmt: skip
     return told
 
@@ -206,26 +214,31 @@ def _tokens(rows: Sequence[Row]) -> list[float]:
     return told
 
 
-def _binned(curve: Sequence[tuple[int, float, float]]) -> list[tuple[int, float, float]]:
-    """At most POINTS of them: neighbours averaged, placed at their last step."""
-    if len(curve) <= POINTS:
-        return list(curve)
-    cuts = [len(curve) * n // POINTS for n in range(POINTS + 1)]
-    parts = [curve[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
-    return [(part[-1][0], part[-1][1], sum(y for _, _, y in part) / len(part)) for part in parts]
+def _bins(curves: Sequence[Sequence[tuple[int, float, float]]]) -> dict[int, int]:
+    """step → its point on the axis, the same for all seeds: one each, or at most POINTS of neighbours."""
+    steps = sorted({step for curve in curves for step, _, _ in curve})
+    return {step: n * min(POINTS, len(steps)) // len(steps) for n, step in enumerate(steps)}
 
 
-def _over_seeds(curves: Sequence[list[tuple[int, float, float]]]) -> list[tuple[int, float, float, float, float]]:
-    """(step, mean tokens, mean, low, high) at the steps that all seeds have; seeds that are not as far yet shorten the curve."""
-    shared = [points for points in zip(*curves, strict=False) if len({step for step, _, _ in points}) == 1]
-    told = []
-    for points in shared:
-        mean, low, high = _interval([y for _, _, y in points])
-        told.append((points[0][0], sum(x for _, x, _ in points) / len(points), mean, low, high))
+def _binned(curve: Sequence[tuple[int, float, float]], bins: Mapping[int, int]) -> dict[int, tuple[int, float, float]]:
+    """Neighbours averaged, placed at their last step."""
+    parts: dict[int, list[tuple[int, float, float]]] = {}
+    for point in curve:
+        parts.setdefault(bins[point[0]], []).append(point)
+    return {place: (part[-1][0], part[-1][1], sum(y for _, _, y in part) / len(part)) for place, part in parts.items()}
+
+
+def _over_seeds(curves: Sequence[Mapping[int, tuple[int, float, float]]]) -> dict[int, tuple[int, float, float, float, float]]:
+    """(step, mean tokens, mean, low, high) wherever all seeds have something; seeds that are not as far yet shorten the curve."""
+    told = {}
+    for place in sorted(set(curves[0]).intersection(*curves[1:])):
+        points = [curve[place] for curve in curves]
+        mean, low, high = interval([y for _, _, y in points])
+        told[place] = (max(step for step, _, _ in points), sum(x for _, x, _ in points) / len(points), mean, low, high)
     return told
 
 
-def _interval(values: Sequence[float]) -> tuple[float, float, float]:
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Mean with its 95 % t interval; for one value its ends are NaN."""
     n, mean = len(values), sum(values) / len(values)
     if n == 1:
@@ -279,8 +292,7 @@ def _mean_end(runs: Sequence[RunData], name: str, place: int) -> float | None:
 def _panel(lines: Sequence[Series]) -> dict[str, Any] | None:
     """Other skills, before (hollow) and after (filled), with intervals."""
     names = dict.fromkeys(
-        name for line in lines for run in line.runs for row in run.rows for name in row
-        if name.startswith("eval/") and name.endswith("/pass@1") and name.count("/") > 1 and not name.startswith("eval/sampler/")
+        name for line in lines for run in line.runs for row in run.rows for name in row if is_of_panel(name)
     )  # fmt: skip
     if not names:
         return None
@@ -309,7 +321,8 @@ def _panel_end(runs: Sequence[RunData], name: str, place: int) -> tuple[float, f
     if not ends:
         return None
     if len(ends) > 1:
-        return _interval(ends)
+        mean, low, high = interval(ends)
+        return mean, max(low, 0.0), min(high, 1.0)
     low, high = (
         next((c[place][2] for run in runs if (c := _curve(run.rows, f"{name}_{end}"))), math.nan) for end in ("low", "high")
     )
@@ -326,7 +339,7 @@ def _errors(ends: Sequence[tuple[float, float, float]], colour: str) -> dict[str
 def _figure(
     title: str, note: str, traces: list[dict[str, Any]], x: str, *, log: bool = False, zero: bool = True, flat: str = ""
 ) -> dict[str, Any]:
-    y_axis: dict[str, Any] = {"type": "log", "tickformat": "~e"} if log else {}
+    y_axis: dict[str, Any] = {"type": "log", "tickformat": "~e"} if log else {"exponentformat": "e"}
     if zero and not log:
         y_axis["rangemode"] = "tozero"
     x_axis: dict[str, Any] = {"title": {"text": x}} | ({"rangemode": "tozero"} if x == TOKENS else {})

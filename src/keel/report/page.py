@@ -20,6 +20,7 @@ from keel.errors import KeelError
 from keel.report import words
 from keel.report.data import RunData, read_run, rollouts
 from keel.report.figures import figures, series_of
+from keel.report.skills import skills_table
 from keel.report.study import StudyData, read_study
 
 MOST = 10_000  # completions of a page
@@ -78,6 +79,7 @@ def payload(what: Shown, most: int = MOST) -> dict[str, Any]:
     told = _read_from(runs)
     return {
         "head": head(what),
+        "skills": skills_table(series_of(runs)),
         "series": [{"name": line.name, "colour": line.colour} for line in series_of(runs)],
         "figures": figures(runs, what.study.rows if what.study else ()),
         "runs": [{"name": run.name, "arm": run.arm, "seed": run.seed} for run in told],

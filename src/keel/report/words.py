@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from keel.report.data import RunData
-from keel.report.study import StudyData, triple
+from keel.report.study import Prediction, StudyData, triple
+from keel.summary import difference, moved, skills_of
 
 SAID = {  # verdicts, in the order in which they are counted, as part of a sentence
     "supported": "supported",
@@ -27,11 +28,26 @@ def study_headline(study: StudyData) -> str:
     if len(judged) == 1:
         return f"{_capital(judged[0])}: {study.predictions[0].says.rstrip('.')}."
     if judged:
-        counts = Counter(judged)
-        order = sorted(counts, key=lambda verdict: list(SAID).index(verdict) if verdict in SAID else len(SAID))
-        told = ", ".join(f"{counts[verdict]} {SAID.get(verdict, verdict)}" for verdict in order)
-        return f"Of {len(judged)} predictions: {told}."
+        return _decided(study.predictions) or f"Of {len(judged)} predictions: {_counted(judged)}."
     return _differences(study)
+
+
+def _decided(predictions: Sequence[Prediction]) -> str:
+    """What was decided by itself, where that is one or two predictions of several and can be said shortly; else ""."""
+    decided = [each for each in predictions if each.verdict in ("supported", "refuted")]
+    rest = [each.verdict for each in predictions if each not in decided and each.verdict != "not judged yet"]
+    told = " ".join(f"{_capital(each.verdict)}: {each.says.rstrip('.')}." for each in decided)
+    if not decided or len(decided) > 2 or len(told) > 150:
+        return ""
+    if set(rest) == {"too small to tell"}:
+        return f"{told} {f'The other {len(rest)} are' if len(rest) > 1 else 'The other is'} too small to tell."
+    return f"{told} Of the other {len(rest)}: {_counted(rest)}." if rest else told
+
+
+def _counted(verdicts: Sequence[str]) -> str:
+    counts = Counter(verdicts)
+    order = sorted(counts, key=lambda verdict: list(SAID).index(verdict) if verdict in SAID else len(SAID))
+    return ", ".join(f"{counts[verdict]} {SAID.get(verdict, verdict)}" for verdict in order)
 
 
 def _differences(study: StudyData) -> str:
@@ -72,9 +88,8 @@ def run_headline(run: RunData) -> str:
 
 
 def _moved(before: tuple[float, float, float], after: tuple[float, float, float]) -> str:
-    if after[1] > before[2]:
-        return "rose"
-    return "fell" if after[2] < before[1] else "did not clearly move:"
+    change = difference(before, after) if math.isfinite(before[1] + after[1]) else None
+    return {"rose": "rose", "fell": "fell"}.get(moved(change), "did not clearly move:")
 
 
 def runs_headline(runs: Sequence[RunData]) -> str:
@@ -109,23 +124,15 @@ def _intervals(run: RunData) -> list[str]:
 
 
 def _panel(run: RunData) -> list[str]:
-    """Skills of the panel that clearly fell, by their intervals."""
-    names = sorted({name.removesuffix("/pass@1") for row in run.rows for name in row if _of_panel(name)})
-    fell, rose, same = [], [], []
-    for name in names:
-        before, after = _ends(run, f"{name}/pass@1")
-        if before and after:
-            moved = _moved(before, after)
-            {"fell": fell, "rose": rose}.get(moved, same).append(name.removeprefix("eval/"))
-    told = [f"{_listed(group)} {verb}" for group, verb in ((fell, "fell"), (rose, "rose")) if group]
-    if told or same:
-        told += [f"{_listed(same)} stayed where {'it was' if len(same) == 1 else 'they were'}, within intervals"] if same else []
-        return [f"Other skills: {'; '.join(told)}."]
-    return []
-
-
-def _of_panel(name: str) -> bool:
-    return name.startswith("eval/") and name.endswith("/pass@1") and not name.startswith("eval/sampler/") and name.count("/") > 1
+    """Skills of the panel that clearly moved, by the interval of their change."""
+    told: dict[str, list[str]] = {"fell": [], "rose": [], "same": []}
+    for skill in skills_of(run.rows):
+        if skill.moved:
+            told[skill.moved].append(skill.name)
+    said = [f"{_listed(told[verb])} {verb}" for verb in ("fell", "rose") if told[verb]]
+    if told["same"]:
+        said.append(f"{_listed(told['same'])} stayed where {'it was' if len(told['same']) == 1 else 'they were'}, within intervals")
+    return [f"Other skills: {'; '.join(said)}."] if said else []
 
 
 def _ends(run: RunData, name: str) -> tuple[tuple[float, float, float] | None, tuple[float, float, float] | None]:

@@ -21,7 +21,9 @@ const charts = {
     charts.watcher ??= new IntersectionObserver((seen) => {
       for (const each of seen) if (each.isIntersecting && !each.target.drawn) { each.target.drawn = true; charts.draw(each.target); }
     }, { rootMargin: "300px" });
-    place.replaceChildren(...figures.map((figure) => {
+    const flat = figures.filter((figure) => figure.flat);
+    $("flat").replaceChildren(...flat.map((figure) => make("span", "", `${figure.title} (${figure.note}): ${figure.flat}. `)));
+    place.replaceChildren(...figures.filter((figure) => !figure.flat).map((figure) => {
       const card = old.get(figure.title) || charts.card(figure);
       card.figure = figure;
       if (card.drawn) charts.draw(card); else charts.watcher.observe(card);
@@ -56,9 +58,7 @@ const charts = {
   async draw(card) {
     const { figure } = card;
     const plot = card.querySelector(".plot");
-    if (figure.flat) { plot.className = "plot flat"; plot.textContent = figure.flat; return; }
     await charts.load();
-    if (plot.classList.contains("flat")) { plot.className = "plot"; plot.textContent = ""; }
     const data = figure.data.filter((trace) => !charts.hidden.has(trace.legendgroup));
     await Plotly.react(plot, data, charts.layout(figure.layout), { displayModeBar: false, responsive: true, showTips: false });
     card.dataset.drawn = "yes";

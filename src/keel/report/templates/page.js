@@ -14,8 +14,32 @@ function show(told) {
   stage = told.head.stage;
   $("headline").textContent = told.head.headline;
   $("notes").replaceChildren(...told.head.notes.map((note) => make("li", "", note)));
+  skills(told.skills);
   charts.show(told.series, told.figures);
   if (told.runs) reader.load(told.rollouts, told.runs);
+}
+
+// Skills in rows; of one run before, after and change in columns, of several all in one.
+function skills(table) {
+  $("skills-section").hidden = !table;
+  if (!table) return;
+  const one = table.columns.length === 1, head = make("thead"), top = make("tr"), body = make("tbody");
+  const titles = one ? ["before", "after", "change", ""] : table.columns;
+  top.append(make("th", "", "skill"), ...titles.map((title) => make("th", "", title)));
+  head.append(top);
+  body.append(...table.rows.map((row) => {
+    const line = make("tr", row.trained ? "trained" : ""), name = make("th", "", row.name);
+    name.scope = "row";
+    if (row.trained) name.append(make("span", "faint", " trained"));
+    line.append(name);
+    for (const cell of row.cells) {
+      const change = make("td", `number ${cell.tone}`, cell.change || "–");
+      if (one) line.append(make("td", "number", cell.before), make("td", "number", cell.after), change, make("td", cell.tone, cell.verdict));
+      else { change.prepend(make("span", "faint", `${cell.before} → `), make("b", "", cell.after)); line.append(change); }
+    }
+    return line;
+  }));
+  $("skills-table").replaceChildren(head, body);
 }
 
 function keys(event) {

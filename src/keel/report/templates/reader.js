@@ -97,7 +97,7 @@ const reader = {
     const sign = make("span", `sign s${t.state[n]}`, STATES[t.state[n]][1]);
     sign.title = STATES[t.state[n]][0];
     const run = reader.runs.length > 1 ? reader.runs[t.run[n]] : null, side = make("span", "side", `${t.step[n]}`);
-    if (run) side.prepend(make("span", "", `${(run.arm || run.name).slice(0, 18)} · `));
+    if (run) side.prepend(make("span", "", `${reader.clip(run.arm || run.name, 18)} · `));
     if (t.cut[n]) side.prepend(make("span", "cut", "cut off  "));
     if (t.trace[n] >= 0) side.prepend(make("span", "", "▦ "));
     side.title = `step ${t.step[n]}${t.trace[n] >= 0 ? ", with tokens" : ""}`;
@@ -105,6 +105,8 @@ const reader = {
     row.addEventListener("click", () => reader.go(place));
     return row;
   },
+
+  clip(text, most) { return text.length > most ? `${text.slice(0, most - 1).replace(/[\s,;]+$/, "")}…` : text; },
 
   short(text) { return text.slice(0, 160).replace(/\s*\n\s*/g, " ⏎ ").replace(UNSEEN, "·"); },
 
@@ -141,14 +143,18 @@ const reader = {
     if (n === undefined) { place.replaceChildren(make("p", "faint", "None is like this.")); return; }
     const prompt = t.prompts[t.prompt[n]], asked = make("div", "text prompt");
     reader.write(asked, prompt.text, 4000);
-    const gold = make("div", "text");
+    const gold = make("div", "text prompt");
     reader.write(gold, prompt.answer || "–", 2000);
     const among = reader.view === "group" ? reader.group(n) : reader.view === "two" ? reader.twins(n) : [n];
     const cards = make("div", `cards ${reader.view === "alone" ? "one" : reader.view === "two" && among.length < 3 ? "two" : ""}`);
     const range = reader.range(among);
     cards.append(...among.map((i) => reader.card(i, i === n, range)));
-    if (reader.view === "two" && among.length < 2) cards.append(make("p", "faint", "No other run has this prompt among the completions of this page."));
-    place.replaceChildren(make("h3", "", "Asked"), asked, make("h3", "", "Gold answer"), gold, reader.tools(range), cards);
+    if (reader.view === "two" && among.length < 2) cards.append(make("p", "faint", "No other run of this page was asked this. Runs of one task and seed are asked the same."));
+    const above = make("div", "asking"), left = make("div"), right = make("div");
+    left.append(make("h3", "", "Asked"), asked);
+    right.append(make("h3", "", "Gold answer"), gold);
+    above.append(left, right);
+    place.replaceChildren(above, reader.tools(range), cards);
     place.scrollTop = 0;
   },
 
@@ -191,14 +197,14 @@ const reader = {
     return card;
   },
 
-  // What the grader took from it, what it said of that, and why.
+  // What the grader took for its answer, and why the verdict is what it is.
   verdict(foot, n) {
     const t = reader.table, lines = make("dl", "why");
     const line = (name, fill) => { const told = make("dd"); fill(told); lines.append(make("dt", "", name), told); };
-    if (t.said[n]) line("answer", (told) => { const read = make("code"); reader.write(read, t.said[n], 400); told.append(read); });
-    line("verdict", (told) => { told.append(make("b", `s${t.state[n]}`, STATES[t.state[n]][0])); if (t.reason[n]) { told.append(": "); reader.write(told, t.reason[n], 2000); } });
+    if (t.said[n]) line("answer", (told) => { const read = make("code", `s${t.state[n]}`); reader.write(read, t.said[n], 400); told.append(read); });
+    if (t.reason[n]) line("verdict", (told) => reader.write(told, `${STATES[t.state[n]][0]}: ${t.reason[n]}`, 2000));
     if (t.parts[n]) line("parts", (told) => reader.write(told, t.parts[n], 2000));
-    foot.append(lines);
+    if (lines.childNodes.length) foot.append(lines);
   },
 
   // Text as it is; what cannot be seen, or would turn the rest around, as its number.

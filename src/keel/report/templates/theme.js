@@ -15,7 +15,7 @@ const theme = {
     if (name) document.documentElement.dataset.theme = name; else delete document.documentElement.dataset.theme;
     try { localStorage.setItem("keel-theme", name); } catch { /* a file may not remember */ }
     const button = $("theme");
-    if (button) button.textContent = { "": "As the system", light: "Light", dark: "Dark" }[name];
+    if (button) button.textContent = { "": "Theme: system", light: "Theme: light", dark: "Theme: dark" }[name];
     theme.changed.forEach((tell) => tell());
   },
   next() { theme.set(theme.names[(theme.names.indexOf(theme.now) + 1) % 3]); },
