@@ -106,6 +106,29 @@ def test_a_run_that_trains_says_how_far_it_is(make_run):
     assert "no held-out number yet" in page.head(shown([empty]))["headline"]
 
 
+def test_a_run_that_was_measured_once_does_not_say_it_twice(make_run):
+    once = make_run(rows=[metrics(0, **held_out(0.2, 0.1, 0.3)), metrics(1)], ended=False, steps=9)
+    assert page.head(shown([once]))["headline"] == "Training: step 1 of 9; held-out pass@1 was 0.200 at first."
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of #rrggbb, as WCAG 2.2 defines it."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def test_every_text_can_be_read_on_every_ground():
+    """WCAG's 4.5 to 1, light and dark."""
+    css = page.asset("page.css")
+    for block in re.findall(r"\{ (--ground[^}]*)\}", css):
+        colours = dict(re.findall(r"--(\w+):(#[0-9a-f]{6})", block))
+        for text in ("ink", "soft", "faint", "good", "bad", "open"):
+            for ground in ("ground", "card", "wash", "chosen"):
+                light, dark = sorted((luminance(colours[text]), luminance(colours[ground])), reverse=True)
+                assert (light + 0.05) / (dark + 0.05) >= 4.5, f"{text} on {ground}"
+
+
 def test_nothing_that_was_said_is_markup(make_run):
     said = [rollout(sample=n, text=text, prompt=text, answer=text, reason=text) for n, text in enumerate(HOSTILE)]
     text = html(shown([make_run(said=said)]))

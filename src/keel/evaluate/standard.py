@@ -1,6 +1,7 @@
 """The standard panel: what a model can do besides the task that it is trained on, asked before and after training.
 
-It is small, so that every run can afford it: a few hundred short completions of each skill.
+It is small, so that every run can afford it: some hundred short completions of each skill from a bundled model, some dozen from a larger
+one, which takes its time for each.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ OF_CHARACTERS = Standard(
     completions=512,
     max_completion_tokens=48,
 )
-OF_WORDS = Standard(("sums:1digit", "sums:2digit", "sums:3digit"), completions=128, max_completion_tokens=24)
+OF_WORDS = Standard(("sums:1digit", "sums:2digit", "sums:3digit"), completions=48, max_completion_tokens=16)
 PROMPTS = 256  # of a task at most; a task that has fewer is asked more often
 
 

@@ -82,7 +82,8 @@ def run_headline(run: RunData) -> str:
     if before is None or after is None:
         return f"{run.step} of {run.steps} steps, and no held-out number yet."
     if not run.ended and run.step < run.steps:
-        return f"Training: step {run.step} of {run.steps}; held-out pass@1 is {share(after[0])}, from {share(before[0])} at first."
+        now = f"is {share(after[0])}, from {share(before[0])} at first" if after != before else f"was {share(before[0])} at first"
+        return f"Training: step {run.step} of {run.steps}; held-out pass@1 {now}."
     moved = _moved(before, after)
     return f"Held-out pass@1 {moved} from {share(before[0])} to {share(after[0])} in {run.step} steps."
 
