@@ -129,7 +129,7 @@ class EvaluationSettings(Section):
     samples: int = Field(4, ge=1, description="completions of each")
     ks: tuple[int, ...] = Field((1,), description="the k of each pass@k; at most `samples`")
     panel: tuple[str, ...] = Field((), description="other tasks to evaluate too: what is forgotten, what generalises")
-    standard_panel: bool = Field(True, description="before and after, also a few hundred short completions of other skills")
+    standard_panel: bool = Field(True, description="before and after, some short completions of other skills: what became of them")
 
     @model_validator(mode="after")
     def _enough_samples(self) -> EvaluationSettings:

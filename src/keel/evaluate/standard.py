@@ -1,7 +1,7 @@
 """The standard panel: what a model can do besides the task that it is trained on, asked before and after training.
 
-It is small, so that every run can afford it: some hundred short completions of each skill from a bundled model, some dozen from a larger
-one, which takes its time for each.
+It is small, so that every run can afford it: hundreds of short completions of each skill from a bundled model, some dozen from
+a larger one, which takes its time for each.
 """
 
 from __future__ import annotations
