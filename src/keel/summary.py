@@ -162,7 +162,10 @@ def closing_table(summary: Mapping[str, Any]) -> Table:
         table.add_row(name, *(_short(ends[when]) for when in WHEN), _changed(_change(ends, low, high)) if known else "")
         if known:
             table.add_row("  95 %", *(f"{_short(low[when])} – {_short(high[when])}" for when in WHEN))
-    _add_skills(table, summary["eval"]["panel"])
+    panel = dict(summary["eval"]["panel"])
+    if engine := panel.pop("sampler", None):
+        table.add_row("engine's own pass@1", *(_short(engine[when]) for when in WHEN))
+    _add_skills(table, panel)
     for name in ("steps", "tokens", "seconds", "clip_frac_max", "gap_max_abs_nats"):
         table.add_row(name, "", _short(summary[name]))
     return table

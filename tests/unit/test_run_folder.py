@@ -239,6 +239,16 @@ def test_the_closing_words_tell_skills_apart():
     assert max(map(len, told.splitlines())) <= 80
 
 
+def test_the_engines_own_number_stands_apart():
+    from rich.console import Console
+
+    rows = [{"step": n} | share("sampler", 0.5, 0.1) | share("sort", 0.5, 0.1) for n in (0, 1)]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(closing_table(summarise(rows)))
+    lines = [line.split("  ")[0] for line in console.export_text().splitlines()]
+    assert lines.index("engine's own pass@1") < lines.index("other skills, pass@1")
+
+
 def test_the_summary_of_nothing():
     told = summarise([])
     assert told["eval"] == {"panel": {}} and told["steps"] == 0 and told["gap_max_abs_nats"] is None

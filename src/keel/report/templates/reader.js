@@ -96,7 +96,7 @@ const reader = {
     row.setAttribute("role", "option"); row.setAttribute("aria-selected", String(place === reader.at));
     const sign = make("span", `sign s${t.state[n]}`, STATES[t.state[n]][1]);
     sign.title = STATES[t.state[n]][0];
-    const run = reader.runs.length > 1 ? reader.runs[t.run[n]] : null, side = make("span", "side", `${t.step[n]}`);
+    const run = reader.runs.length > 1 ? reader.runs[t.run[n]] : null, side = make("span", "side", `step ${t.step[n]}`);
     if (run) side.prepend(make("span", "", `${reader.clip(run.arm || run.name, 18)} · `));
     if (t.cut[n]) side.prepend(make("span", "cut", "cut off  "));
     if (t.trace[n] >= 0) side.prepend(make("span", "", "▦ "));
@@ -259,8 +259,13 @@ const reader = {
     return `rgba(${r},${g},${b},${strength.toFixed(3)})`;
   },
 
+  number(value, digits) {
+    const size = Math.abs(value), told = size > 0 && (size < 1e-3 || size >= 1e6) ? Number(value).toExponential(digits - 1) : Number(Number(value).toPrecision(digits)).toString();
+    return told.replaceAll("-", "−");
+  },
+
   scale(range) {
-    const { kind, far } = range, scale = make("span", "scale"), strip = make("i"), end = (v) => Number((kind.log ? Math.exp(v) : v).toPrecision(2)).toString().replace("-", "−");
+    const { kind, far } = range, scale = make("span", "scale"), strip = make("i"), end = (v) => reader.number(kind.log ? Math.exp(v) : v, 3);
     const stops = kind.low !== undefined ? [0, -far] : kind.high !== undefined ? [0, far] : [-far, 0, far];
     strip.style.backgroundImage = `linear-gradient(90deg, ${stops.map((v) => reader.shade(kind.log ? Math.exp(v) : v, range)).join(", ")})`;
     scale.append(end(stops[0]), strip, `${end(stops.at(-1))} ${kind.unit}`);
@@ -285,11 +290,11 @@ const reader = {
 
   tip(token, trace) {
     const tip = $("tip"), table = make("table"), i = Number(token.dataset.i), box = token.getBoundingClientRect();
-    const names = { logp: "log-probability, trainer", logp_rollout: "log-probability, engine", entropy: "entropy", ratio: "ratio", advantage: "advantage", gap: "gap" };
+    const names = { logp: "log-probability, trainer", logp_rollout: "log-probability, engine", gap: "gap of the engine", entropy: "entropy", ratio: "ratio", advantage: "advantage" };
     for (const [name, title] of Object.entries(names)) {
       const value = reader.of(trace, name, i), row = make("tr");
       if (value === null || value === undefined) continue;
-      row.append(make("td", "", title), make("td", "", String(value).replace("-", "−")));
+      row.append(make("td", "", title), make("td", "", `${reader.number(value, 4)}${name === "ratio" || name === "advantage" ? "" : " nats"}`));
       table.append(row);
     }
     tip.replaceChildren(table);
