@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
 
+import keel.run
+from keel.cli import main
 from keel.errors import KeelError
 from keel.evaluate import standard
 from keel.evaluate.standard import OF_CHARACTERS, OF_WORDS, standard_of, standard_panel
@@ -15,6 +18,7 @@ from keel.models.load import load_policy
 from keel.rollout.engine import Seed
 from keel.rollout.local import LocalEngine
 from keel.run import before_training, train
+from keel.run_folder import RunFolder
 from keel.types import Sampling
 
 SAMPLING, SEED = Sampling(max_completion_tokens=8), Seed(0, 0)
@@ -99,3 +103,19 @@ def test_it_can_be_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(standard, "standard_panel", lambda *_: pytest.fail("asked all the same"))
     run = small(tmp_path, standard_panel=False)
     assert run.summary["eval"]["panel"] == {}
+
+
+def test_keel_eval_compares_with_the_model_before_training(tmp_path, monkeypatch, capsys):
+    made, assemble = [], keel.run.assemble
+    place = str(small(tmp_path, every=0).folder.path)
+    monkeypatch.setattr(keel.run, "assemble", lambda *given: made.append(given) or assemble(*given))
+    assert main(["eval", place, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    first, *_, last = RunFolder.open(place).rows()
+    assert told["panel"]["arithmetic:easy"]["before"] == first["eval/pass@1"]
+    assert told["panel"]["skills:max"]["after"] == told["eval/skills:max/pass@1"] == last["eval/skills:max/pass@1"]
+    assert len(made) == 1  # the start stands in the run's folder: it is not evaluated again
+    assert main(["eval", place, "--evaluation.prompts", "2"]) == 0 and len(made) == 3
+    assert "change (95 %)" in capsys.readouterr().out
+    assert main(["eval", place, "--evaluation.prompts", "2", "--alone"]) == 0 and len(made) == 4
+    assert "change" not in capsys.readouterr().out
