@@ -15,7 +15,7 @@ from keel.run_folder import environment
 from keel.settings import dotted
 
 OF_RECIPE = ("objective", "train.dynamic_sampling", "train.updates_per_batch")  # what a recipe's name decides
-OF_RUNNER = ("seed", "out", "train.threads")  # what the runner sets for each run
+OF_RUNNER = ("seed", "out", "train.threads", "evaluation.standard_panel")  # what the runner sets for each run
 TOLD = ("keel-rl", "torch", "transformers")  # versions that a reader must know of where they differ
 
 

@@ -50,8 +50,9 @@ class Arm:
     difference: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def seeded(self, seed: int, out: Path, threads: int) -> RunConfig:
-        """The run of one seed: the same prompts in the same order for every arm."""
-        return self.config.replaced({"seed": seed, "out": str(out), "train.threads": threads})
+        """The run of one seed: the same prompts in the same order for every arm. What is evaluated is what the study names."""
+        run = {"seed": seed, "out": str(out), "train.threads": threads, "evaluation.standard_panel": False}
+        return self.config.replaced(run)
 
 
 class Collapse(Section):
