@@ -193,7 +193,7 @@ def test_generalisation_and_forgetting_are_a_table(browser, small):
     assert [each.text for each in table.find_elements("css selector", "thead th")] == ["skill", "one", "two"]
     assert [each.text.split("\n")[0] for each in table.find_elements("css selector", "tbody th")][1:] == ["skills:sort"]
     cell = table.find_elements("css selector", "tbody tr:nth-child(2) td")[0]
-    assert cell.text == "0.800 → 0.600−0.200 (−0.271 to −0.129)" and cell.get_attribute("class") == "number bad"
+    assert cell.text == "0.800 → 0.600\n−0.200 (−0.271 to −0.129)" and cell.get_attribute("class") == "number bad"
 
 
 def test_nothing_is_wider_than_a_telephone(browser, small):
@@ -245,7 +245,7 @@ def test_hostile_completions_do_nothing(browser, tmp_path):
     names = list(HOSTILE)
     said = [
         rollout(8 * n, HOSTILE[name], prompt=HOSTILE[name], prompt_id=f"{n} {name} {HOSTILE[name][:200]}", answer=HOSTILE[name])
-        | {"reason": HOSTILE[name][:500], "tokens": 1}
+        | {"reason": HOSTILE[name][:500], "said": HOSTILE[name][:400], "parts": {HOSTILE[name][:50]: 1.0}, "tokens": 1}
         for n, name in enumerate(names)
     ]
     traces = [trace_of(row, row["step"], [row["completion"]]) for row in said[:4]]

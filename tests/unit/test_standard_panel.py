@@ -88,8 +88,11 @@ def small(tmp_path, **changes):
     )  # fmt: skip
 
 
-def test_a_run_asks_it_before_and_after(tmp_path, monkeypatch):
+def test_a_run_asks_it_before_and_after(tmp_path, capsys):
     run = small(tmp_path)
+    run.report()
+    told = capsys.readouterr().out
+    assert "other skills, pass@1" in told and f"page     keel report {run.folder.path}" in told
     assert ["eval/skills:sort/pass@1" in row for row in run.folder.rows()] == [True, False, True]
     panel = run.summary["eval"]["panel"]
     assert list(panel) == list(OF_CHARACTERS.tasks[1:]) and all({"change", "low", "high"} <= set(ends) for ends in panel.values())

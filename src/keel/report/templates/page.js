@@ -35,7 +35,7 @@ function skills(table) {
     for (const cell of row.cells) {
       const change = make("td", `number ${cell.tone}`, cell.change || "–");
       if (one) line.append(make("td", "number", cell.before), make("td", "number", cell.after), change, make("td", cell.tone, cell.verdict));
-      else { change.prepend(make("span", "faint", `${cell.before} → `), make("b", "", cell.after)); line.append(change); }
+      else { change.replaceChildren(make("span", "faint", `${cell.before} → `), make("b", "", cell.after), make("div", "", cell.change || "–")); line.append(change); }
     }
     return line;
   }));
