@@ -47,6 +47,12 @@ def test_arms_are_overlays_and_seeds_are_shared():
     assert first == warm
 
 
+def test_fresh_seeds_leave_out_those_that_were_looked_at(tmp_path):
+    fresh = study(first_seed=10)
+    jobs = jobs_of(fresh, fresh.resolved_arms(), tmp_path, 2)
+    assert sorted({job.seed for job in jobs}) == [10, 11] and all(job.config["seed"] == job.seed for job in jobs)
+
+
 def test_axes_make_a_grid():
     axes = {"gap": {"none": {}, "bits": {"engine": {"weight_bits": 4}}}, "fix": {"plain": {}, "cut": {"train.lr": 1e-3}}}
     overlays = study(arms={}, axes=axes).overlays()

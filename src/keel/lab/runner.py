@@ -35,7 +35,7 @@ def jobs_of(study: Study, arms: Sequence[Arm], out: Path, seeds: int, threads: i
     arms = [replace(arm, config=_with_data(arm.config, out)) for arm in arms] if study.build else arms
     return [
         Job(arm.name, seed, place / str(seed), arm.seeded(seed, place / str(seed), threads).model_dump(mode="json"))
-        for seed in range(seeds)
+        for seed in range(study.first_seed, study.first_seed + seeds)
         for arm, place in zip(arms, places, strict=True)
     ]
 
