@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 
 from keel.config import RunConfig, load_config
+from keel.diagnostics.health import contradictions, impossible
 from keel.errors import KeelError
 from keel.manifest import check_same_origin, manifest
 from keel.models.policy import Policy
@@ -128,9 +129,14 @@ def resume(path: str | Path, *, steps: int | None = None, engine: MakeEngine | N
     return _Session(parts, folder, trainer, quiet).run()
 
 
-def assemble(config: RunConfig, policy: Policy | None = None, make_engine: MakeEngine | None = None) -> Parts:
+def assemble(
+    config: RunConfig,
+    policy: Policy | None = None,
+    make_engine: MakeEngine | None = None,
+    find_task: Callable[[str], Task] | None = None,
+) -> Parts:
     """Load what the settings name: the policy (unless given), an engine, the task and its panel; check that they
-    fit.
+    fit. Tasks are found by `find_task`; by one that checks them unless given.
     """
     from keel.rollout.engines import engine_of
 
@@ -138,8 +144,9 @@ def assemble(config: RunConfig, policy: Policy | None = None, make_engine: MakeE
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     check_writers(config.writers)
-    task, recipe = get_task(config.task), config.chosen()
-    panel = {panel_name(spec): get_task(spec) for spec in config.evaluation.panel}
+    find = find_task or get_task
+    task, recipe = find(config.task), config.chosen()
+    panel = {panel_name(spec): find(spec) for spec in config.evaluation.panel}
     policy = policy or _loaded(config)
     config.check_fits(policy.context, _longest_prompt(policy, (task, *panel.values())))
     return Parts(config, policy, make_engine(policy) if make_engine else engine_of(config.engine, policy), task, recipe, panel)
@@ -270,6 +277,7 @@ class _Session:
         if record.traces:
             self.folder.add_tokens(step, (trace.as_row() for trace in record.traces), config.record.tokens_mb * 1e6)
         self._write(step, metrics)
+        self.folder.add_health(step, [*impossible(metrics), *contradictions(record.groups, config.train.group_size)])
         if record.batch_ends and (last or _crossed(config.checkpoint.every, self.saved, step)):
             self._save()
 

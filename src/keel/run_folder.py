@@ -1,8 +1,8 @@
 """One run on disk: its resolved settings, where it came from, what was measured, what was said, and what it came to.
 
 config.toml, manifest.json, metrics.jsonl (one object per optimizer step; step 0 is the evaluation before),
-rollouts.jsonl (one per completion), tokens.jsonl (single tokens of a few completions), summary.json, curves.png,
-checkpoints/. A folder appears with its config and manifest in it, or not at all.
+rollouts.jsonl (one per completion), tokens.jsonl (single tokens of a few completions), health.jsonl (what cannot be, one
+line a step), summary.json, curves.png, checkpoints/. A folder appears with its config and manifest in it, or not at all.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from typing import Any
 import tomli_w
 
 from keel.config import RunConfig, load_config
+from keel.diagnostics.health import Impossible
 from keel.errors import KeelError
 from keel.files import append_jsonl, cut_jsonl, disk_error, json_of, read_jsonl, write_atomically, written
 from keel.types import Group, Score
 
 LONGEST_SAID = 400  # characters of an answer that was taken from a completion
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -86,6 +88,10 @@ class RunFolder:
         return self.path / "tokens.jsonl"
 
     @property
+    def health(self) -> Path:
+        return self.path / "health.jsonl"
+
+    @property
     def curves(self) -> Path:
         return self.path / "curves.png"
 
@@ -114,11 +120,15 @@ class RunFolder:
         if not self.tokens.exists() or self.tokens.stat().st_size < most_bytes:
             append_jsonl(self.tokens, ({"step": step, **trace} for trace in traces))
 
+    def add_health(self, step: int, found: Iterable[Impossible]) -> None:
+        """One line a step: what in it cannot be; an empty list where nothing was found."""
+        append_jsonl(self.health, [{"step": step, "found": [vars(each) for each in found]}])
+
     def cut_back(self, step: int) -> None:
         """Forget everything after `step`, and lines that a killed process left unfinished: the run goes on from
         there.
         """
-        for path in (self.metrics, self.rollouts, self.tokens):
+        for path in (self.metrics, self.rollouts, self.tokens, self.health):
             cut_jsonl(path, step)
 
     def rewrite_config(self, config: RunConfig) -> None:

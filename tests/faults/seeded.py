@@ -321,7 +321,9 @@ OBJECTIVE = "keel.objectives.objective"
 
 def mask_by_product(ground: Ground) -> None:
     """Masked is multiplied by 0, so NaN comes through."""
-    ground.put(f"{OBJECTIVE}:keep", lambda old: lambda value, mask: value * mask)
+    for room in ("objective", "advantages", "aggregate", "surrogates", "signals"):
+        if hasattr(importlib.import_module(f"keel.objectives.{room}"), "keep"):
+            ground.put(f"keel.objectives.{room}:keep", lambda old: lambda value, mask: value * mask)
 
 
 def masked_in_baseline(ground: Ground) -> None:

@@ -1,0 +1,76 @@
+"""Probes: each asks the living system one question whose answer is known. `PROBES` lists them in the order of asking."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from keel.doctor.finding import Check
+from keel.doctor.invariants import metrics_of_a_step
+from keel.doctor.probes import data, engine, forward, groups, objective, reward, step
+from keel.doctor.subject import Subject
+from keel.errors import KeelError, nearest
+
+Probe = Callable[[Subject], Check]
+PROBES: dict[str, Probe] = {
+    "gold": reward.gold,
+    "cheats": reward.cheats,
+    "junk": reward.junk,
+    "hangs": reward.hangs,
+    "copies": data.copies,
+    "end tokens": groups.ends,
+    "threads": reward.threads,
+    "rows": groups.rows,
+    "echo": groups.echo,
+    "repeat": forward.repeats,
+    "padding": forward.alone,
+    "own logits": forward.own_logits,
+    "gap": engine.gap,
+    "sampling": engine.sampling,
+    "unique": engine.unique,
+    "sync": engine.sync,
+    "masked": step.masked,
+    "cuts": step.cuts,
+    "order": step.order,
+    "non-finite gradient": step.non_finite,
+    "updates": step.updates,
+    "metrics": metrics_of_a_step,
+    "advantages": objective.advantages,
+    "direction": objective.direction,
+    "reference": objective.reference,
+    "KL gradient": objective.kl_gradient,
+    "census": step.census,
+    "resume": step.resumes,
+    "budget": data.budget,
+    "golds": data.golds,
+    "difficulty": data.difficulty,
+}
+LEFT_OVER = ("golds", "difficulty")  # what they find is believed only where nothing else explains it
+
+
+def ask(subject: Subject, names: Iterable[str] = tuple(PROBES), see: Callable[[Check], None] = lambda check: None) -> list[Check]:
+    """Put these probes to a subject.
+
+    Args:
+        see: is told each check as it is made.
+
+    Raises:
+        KeelError: there is no such probe.
+    """
+    checks: list[Check] = []
+    for name in names:
+        if name not in PROBES:
+            raise KeelError(f"There is no probe {name!r}: {nearest(name, PROBES)}Known are {', '.join(PROBES)}.")
+        checks.append(_asked(subject, name))
+        see(checks[-1])
+    return checks
+
+
+def _asked(subject: Subject, name: str) -> Check:
+    begun = time.perf_counter()
+    try:
+        check = PROBES[name](subject)
+    except KeelError as refused:  # a piece of the system refused to work: that is told, and other questions can still be asked
+        check = Check(name, "", skipped=str(refused))
+    return replace(check, name=name, seconds=time.perf_counter() - begun)

@@ -1,0 +1,220 @@
+"""The data themselves, and what the policy's samples say of them: copies, leaks, contradictions, wrong gold answers."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from keel.data.items import Item, Items
+from keel.data.near import normalised
+from keel.data.samples import Sampled
+from keel.data.votes import LEAST, Suspicion, Vote, suspects, vote
+from keel.doctor import chance
+from keel.doctor.catalogue import fault
+from keel.doctor.finding import Check, Finding
+from keel.doctor.subject import STEP, Subject
+from keel.tasks.task import PromptTask, reward_many
+from keel.types import Completion, Prompt, Score
+
+ASKED, TRIES = 64, 8  # training prompts that are answered, and how often
+MORE = 4  # times as many tries where nobody, or everybody, is right
+LIVE = 0.1  # of the groups must be live, or most of the work is for nothing: 1 − p^G − (1−p)^G at the edge of chance
+READ = 50_000  # rows that are compared with each other
+
+
+def copies(subject: Subject) -> Check:
+    """Questions that stand there twice, that are held out too, or that have two answers."""
+    train, test = subject.task.train[:READ], subject.task.test[:READ]
+    by_text: dict[str, list[Prompt]] = defaultdict(list)
+    for prompt in train:
+        by_text[normalised(prompt.text)].append(prompt)
+    held = {normalised(prompt.text) for prompt in test}
+    leaked = sum(len(rows) for text, rows in by_text.items() if text in held)
+    torn = sum(len({normalised(p.answer) for p in rows}) > 1 for rows in by_text.values())
+    per_batch = subject.config.train.prompts_per_step * (subject.trainer.updates_per_batch or 1)
+    pairs = sum(math.comb(len(rows), 2) for rows in by_text.values())
+    due = math.comb(per_batch, 2) * pairs / max(1, math.comb(len(train), 2))
+    findings = []
+    if torn and getattr(subject.task, "own_gold_only", True):
+        says = f"{torn} questions stand there with several gold answers"
+        findings.append(Finding(fault("K363"), says, float(torn), 0.0))
+    if leaked:
+        says = f"{leaked} training rows ask what is held out for evaluation"
+        findings.append(Finding(fault("K364"), says, float(leaked), 0.0))
+    if due >= 1.0 and not torn:
+        says = f"{len(train)} rows are {len(by_text)} questions: a batch of {per_batch} prompts holds {due:.1f} pairs of copies"
+        findings.append(Finding(fault("K365"), says, due, 1.0))
+    subject.facts |= {"distinct": len(by_text), "rows": len(train), "leaked": leaked}
+    says = f"{len(train)} rows are {len(by_text)} questions, none of them held out; a batch holds {due:.2f} pairs of copies"
+    return Check("copies", findings[0].says if findings else says, tuple(findings))
+
+
+@dataclass(frozen=True)
+class Answered:
+    """Training prompts with completions of the base, graded as in training."""
+
+    prompts: tuple[Prompt, ...]
+    completions: tuple[tuple[Completion, ...], ...]
+    scores: tuple[tuple[Score, ...], ...]
+
+    @property
+    def right(self) -> list[int]:
+        return [sum(s.scorable and s.correct for s in row) for row in self.scores]
+
+    @property
+    def tries(self) -> int:
+        return len(self.scores[0])
+
+    @property
+    def truncated(self) -> float:
+        every = [c.finish == "length" for row in self.completions for c in row]
+        return sum(every) / len(every)
+
+    @property
+    def finished(self) -> list[int]:
+        """Lengths in tokens of the completions that ended by themselves."""
+        return sorted(len(c.token_ids) for row in self.completions for c in row if c.finish == "stop")
+
+
+def answered(subject: Subject, tries: int = TRIES, asked: int = ASKED) -> Answered:
+    """What the policy answers now; made once."""
+    key = f"answered {asked} × {tries}"
+    if key not in subject.facts:
+        subject.awake()
+        train = subject.task.train
+        some = [train[i * len(train) // asked] for i in range(asked)] if len(train) > asked else list(train)
+        prompts = subject.rendered(some)
+        made = subject.generate(prompts, tries, step=STEP + 3)
+        scores = _scores(subject, [(p, c) for p, row in zip(prompts, _rows(made, tries), strict=True) for c in row])
+        subject.facts[key] = Answered(
+            tuple(prompts), _rows(made, tries), tuple(scores[i : i + tries] for i in range(0, len(scores), tries))
+        )
+    return subject.facts[key]
+
+
+def _scores(subject: Subject, rows: list[tuple[Prompt, Completion]]) -> tuple[Score, ...]:
+    try:
+        return tuple(reward_many(subject.task, [(p, c.text, c.finish) for p, c in rows]))
+    except Exception as error:  # the reward's own probes tell it
+        return tuple(Score(None, reason=f"the reward raised {type(error).__name__}") for _ in rows)
+
+
+def _rows(made: list[Completion], size: int) -> tuple[tuple[Completion, ...], ...]:
+    return tuple(tuple(made[i : i + size]) for i in range(0, len(made), size))
+
+
+def golds(subject: Subject) -> Check:
+    """Gold answers that a stable majority of the policy's own samples contradicts, weighed against how often majorities err.
+
+    The model of `keel.data.votes`, fitted to these very samples, says how likely each gold is wrong; the sum of the chances is the
+    expected number of wrong ones.
+    """
+    task = subject.task
+    if getattr(task, "checked", 1) == 0:
+        return Check("golds", "", skipped="no completion of this task is known to be right")
+    told = answered(subject)
+    rows = tuple(Item(prompt, "train", {}) for prompt in told.prompts)
+    plain = PromptTask(task.name, task.train, task.test, lambda prompt, text: task.reward(prompt, text, "stop"), task.gold)
+    items = Items(task.name, rows, {}, {}, plain)
+    read = items.reader
+    votes = [
+        vote(items, prompt, [Sampled(c.text, c.finish) for c in row], read)
+        for prompt, row in zip(told.prompts, told.completions, strict=True)
+    ]
+    able = [v for v in votes if v.tries >= LEAST and v.right + v.rival_count > 0]
+    if len(able) < 16:
+        return Check("golds", "", skipped="too few samples have an answer to vote with")
+    found, model = suspects(able, {p.id: p.answer for p in told.prompts})
+    due, p = sum(s.probability for s in found), _chance_without(able, model)
+    subject.facts["suspects"] = found
+    says = f"{due:.1f} of {len(able)} gold answers are likely wrong: most samples agree on another (by chance: {p:.1g})"
+    if due < 1.0 or p >= chance.ALPHA:
+        return Check("golds", f"{due:.1f} of {len(able)} gold answers are likely wrong, by the votes of {told.tries} samples each")
+    evidence = {"rows": [s.id for s in found[:10]], "wrong": model.wrong}
+    return Check("golds", says, (Finding(fault("K366"), says, due, 1.0, p, evidence),))
+
+
+def _chance_without(votes: list[Vote], model: Suspicion) -> float:
+    """Chance of a likelihood ratio as large as that of these votes, if no gold answer were wrong.
+
+    The model's likelihood with its share of wrong golds against the best one without; twice the logarithm is, without wrong ones,
+    0 or χ² with one degree of freedom, half the time each (the share stands at its edge).
+
+    Source: S. G. Self and K.-Y. Liang, JASA 82 (1987), case 5. Differs from it: both fits have the model's weak priors.
+    """
+    from scipy.optimize import minimize
+
+    counts = Counter((v.tries, v.right, v.rival_count) for v in votes)
+
+    def likelihood(guess: Suspicion) -> float:
+        total = 0.0
+        for tries in {key[0] for key in counts}:
+            good, bad = guess.likelihoods(tries)
+            for (n, right, rival), times in counts.items():
+                if n == tries:
+                    chance_of = (1 - guess.wrong) * good[right, rival] + guess.wrong * bad[right, rival]
+                    total += times * math.log(max(chance_of, 1e-300))
+        return total - sum(math.log(x) ** 2 for x in (*guess.solve, *guess.rival)) / 4
+
+    def without(x: Sequence[float]) -> Suspicion:
+        a, b, c, d = (math.exp(min(6.0, max(-4.0, value))) for value in x)
+        return Suspicion(0.0, (a, b), (c, d), model.seen)
+
+    start = [math.log(x) for x in (*model.solve, *model.rival)]
+    best = minimize(lambda x: -likelihood(without(x)), start, method="Nelder-Mead", options={"maxiter": 300})
+    ratio = max(0.0, 2 * (likelihood(model) + float(best.fun)))
+    return 0.5 * chance.normal_tail(math.sqrt(ratio))
+
+
+def difficulty(subject: Subject) -> Check:
+    """How many groups will have right and wrong answers, from the base's own pass rates."""
+    told, size = answered(subject), subject.config.train.group_size
+    right, tries = told.right, told.tries
+    share = sum(chance.live_share_of(r, tries, size) for r in right) / len(right)
+    if share < LIVE:
+        told = answered(subject, TRIES * MORE, ASKED)
+        right, tries = told.right, told.tries
+        share = sum(chance.live_share_of(r, tries, size) for r in right) / len(right)
+    every, total = tries * len(right), sum(right)
+    mean = total / every
+    subject.facts |= {"pass": mean, "live": share}
+    says = f"the base answers {mean:.1%} of {every} tries right; {share:.0%} of groups of {size} will have right and wrong answers"
+    rare = chance.at_most_bound(min(total, every - total), every)
+    most = chance.live_share(min(0.5, rare), size)
+    if most >= LIVE:
+        return Check("difficulty", says)
+    code, what = ("K568", "too hard") if mean < 0.5 else ("K569", "too easy")
+    says = f"{says}, and at the edge of chance {most:.0%}: {what} for this base and group size"
+    return Check("difficulty", says, (Finding(fault(code), says, share, LIVE, chance.CARD_ALPHA),))
+
+
+def budget(subject: Subject) -> Check:
+    """What the same draws come to with more room: how many right answers the cap cuts off."""
+    told = answered(subject)
+    says = f"{told.truncated:.1%} of {sum(map(len, told.scores))} completions reach the cap of {subject.cap} tokens"
+    if told.truncated == 0.0:
+        return Check("budget", says)
+    longest = max(len(p.token_ids) for p in told.prompts)
+    room = min(subject.policy.context - longest, 8 * subject.cap, subject.cap + 512)
+    if room < 2 * subject.cap and room < subject.cap + 16:
+        return Check("budget", f"{says}; the model's context has no more room")
+    subject.awake()
+    cut = [(p, [c.finish == "length" for c in row]) for p, row in zip(told.prompts, told.completions, strict=True)]
+    prompts = [p for p, flags in cut if any(flags)][:32]
+    wide = replace(subject.sampling, max_completion_tokens=room)
+    made = subject.generate(prompts, told.tries, wide, step=STEP + 3)
+    by_prompt = {p.id: row for p, row in zip(prompts, _rows(made, told.tries), strict=True)}
+    lost = [(p, c) for p, flags in cut if p.id in by_prompt for c, was in zip(by_prompt[p.id], flags, strict=True) if was]
+    scores = _scores(subject, lost)
+    gained = sum(s.scorable and s.correct for s in scores)
+    ended = sum(c.finish == "stop" for _, c in lost)
+    kept = sum(told.right)
+    share = gained / max(1, gained + kept)
+    low = chance.at_least_bound(gained, gained + kept) if gained + kept else 0.0
+    says = f"{says}; with {room} tokens {ended} of {len(lost)} of them end, {gained} rightly ({share:.0%} of all right ones)"
+    subject.facts["cut"] = share
+    if low <= 0.02:
+        return Check("budget", says)
+    return Check("budget", says, (Finding(fault("K620"), says, share, 0.02, chance.CARD_ALPHA),))

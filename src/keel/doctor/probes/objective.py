@@ -1,0 +1,163 @@
+"""The objective on rewards whose answer is known: advantages, the direction of the gradient, the reference and its KL."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from keel.doctor.catalogue import fault
+from keel.doctor.finding import Check, Finding
+from keel.doctor.probes.forward import unsteady
+from keel.doctor.subject import Step, Subject
+from keel.objectives.advantages import group_mean, sibling_mean
+from keel.objectives.kl import k1
+from keel.types import Batch
+
+ROUNDING = 1e-5  # of a mean of a few 32-bit numbers of size 1
+
+
+def advantages(subject: Subject) -> Check:
+    """Right above wrong in every group, groups centred where the recipe centres them, equal rewards without any advantage."""
+    if (skip := subject.blocked("advantages", "advantage")) is not None:
+        return skip
+    objective, batch = subject.trainer.objective, subject.batch
+    plain = replace(objective, shaping=(), reward_kl=None, corrections=())
+    findings = []
+    table = plain.prepare(batch, subject.cap)
+    per_row = table.advantage.sum(1) / table.mask.sum(1).clamp(min=1)
+    trained = batch.scorable & table.mask.any(1)
+    upside_down = _groups_where(batch, trained, lambda rows: _not_above(per_row[rows], batch.correct[rows]))
+    if upside_down:
+        says = f"in {upside_down} groups a wrong completion has at least the advantage of a right one"
+        findings.append(Finding(fault("K125"), says, float(upside_down), 0.0))
+    elif getattr(objective.advantage, "baseline", None) in (group_mean, sibling_mean) and _scales_by_row(objective):
+        off = _groups_where(batch, trained, lambda rows: abs(float(per_row[rows].sum())) > ROUNDING * len(rows))
+        if off:
+            says = f"advantages of {off} groups do not add up to 0, though the recipe's baseline is the group's own mean"
+            findings.append(Finding(fault("K125"), says, float(off), 0.0))
+    if not findings:
+        findings += _of_equal_rewards(subject, plain, batch)
+    if findings:
+        subject.block("advantage", "advantages are wrong; see there")
+    says = "right completions stand above wrong ones in every group, and equal rewards give no advantage"
+    return Check("advantages", findings[0].says if findings else says, tuple(findings))
+
+
+def _scales_by_row(objective) -> bool:
+    """Whether the scale multiplies whole groups, so that a group's sum stays 0."""
+    return type(objective.advantage.scale).__name__ not in ("TokenWhitening",)
+
+
+def _groups_where(batch: Batch, trained: Tensor, wrong) -> int:
+    found = 0
+    for group in batch.group.unique():
+        rows = ((batch.group == group) & trained).nonzero()[:, 0]
+        found += len(rows) > 1 and bool(wrong(rows))
+    return found
+
+
+def _not_above(advantage: Float[Tensor, " n"], correct: Tensor) -> bool:
+    return bool(correct.any() and not correct.all() and advantage[correct].min() <= advantage[~correct].max())
+
+
+def _of_equal_rewards(subject: Subject, objective, batch: Batch) -> list[Finding]:
+    """In every group one number for all, as a float that has no exact form; only where a group is compared with itself."""
+    if getattr(objective.advantage, "baseline", None) not in (group_mean, sibling_mean):
+        return []
+    worth = torch.tensor([0.1, 0.2, 0.3, 0.7, 1.0, 0.0, 3.3])[batch.group % 7]
+    equal = replace(batch, reward=torch.where(batch.scorable, worth, torch.nan))
+    largest = float(objective.prepare(equal, subject.cap).advantage.abs().max())
+    whitened = not _scales_by_row(objective)
+    if largest <= (1.0 if whitened else ROUNDING):
+        return []
+    says = f"groups whose completions all earn the same have advantages of up to {largest:.2g}"
+    return [Finding(fault("K128"), says, largest, 0.0)]
+
+
+def direction(subject: Subject) -> Check:
+    """The real step's gradient against the plain policy gradient of the same rewards, taken by hand: it must not point away.
+
+    On one batch, on-policy, with the group's own mean as the baseline. Any recipe's update has a positive product with it.
+    """
+    if (skip := unsteady(subject, "direction") or subject.blocked("direction", "advantage")) is not None:
+        return skip
+    batch = replace(subject.batch, logp_ref=None if subject.batch.logp_ref is None else subject.seen)
+    step = subject.gradient(batch)
+    worth = torch.where(batch.scorable, batch.correct.float(), 0.0)
+    count = torch.zeros(int(batch.group.max()) + 1).index_add(0, batch.group, batch.scorable.float())
+    mean = torch.zeros_like(count).index_add(0, batch.group, worth) / count.clamp(min=1)
+    centred = torch.where(batch.scorable, worth - mean[batch.group], 0.0)
+    logp = subject.policy.logp(batch, temperature=subject.sampling.temperature, replay_experts=True).logp
+    by_hand = -(torch.where(batch.mask, logp, 0.0) * centred[:, None]).sum()
+    ours, known = _beside(subject, step, by_hand)
+    size = float(ours.norm() * known.norm())
+    cosine = float(ours @ known) / size if size > 0 else 0.0
+    subject.facts["cosine"] = cosine
+    says = f"the step's gradient has cosine {cosine:.2f} with the policy gradient of the same rewards taken by hand"
+    if cosine > 0:
+        return Check("direction", says)
+    return Check("direction", says, (Finding(fault("K125"), says, cosine, 0.0),))
+
+
+def _beside(subject: Subject, step: Step, loss: Tensor) -> tuple[Tensor, Tensor]:
+    """The step's gradient and that of a loss, over the parameters that both reach, each as one vector."""
+    names = [name for name, g in step.gradient.items() if g is not None]
+    if not names:
+        return torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    wanted = torch.autograd.grad(loss, [subject.trainer.parameters[name] for name in names], allow_unused=True)
+    both = [
+        (step.gradient[n].double().flatten(), w.double().flatten()) for n, w in zip(names, wanted, strict=True) if w is not None
+    ]
+    return torch.cat([ours for ours, _ in both]), torch.cat([theirs for _, theirs in both])
+
+
+def reference(subject: Subject) -> Check:
+    """Before the first step the reference is the policy: the KL is 0."""
+    batch = subject.batch
+    if batch.logp_ref is None:
+        return Check("reference", "", skipped="the recipe has no reference")
+    if subject.trainer.step or (skip := unsteady(subject, "reference")) is not None:
+        return Check("reference", "", skipped="the policy has been trained since" if subject.trainer.step else skip.skipped)
+    apart = float((subject.seen - batch.logp_ref)[batch.mask].abs().max())
+    floor = _rounding(subject)
+    says = f"before the first step the reference is {apart:.1e} nats from the policy; 32-bit rounding is {floor:.1e}"
+    if apart <= floor:
+        return Check("reference", says)
+    return Check("reference", says, (Finding(fault("K152"), says, apart, floor),))
+
+
+def kl_gradient(subject: Subject) -> Check:
+    """With equal rewards and a policy that has moved, what is left of the gradient must pull towards the reference."""
+    objective = subject.trainer.objective
+    if objective.loss_kl is None:
+        return Check("KL gradient", "", skipped="the recipe has no KL in the loss")
+    if (skip := unsteady(subject, "KL gradient")) is not None:
+        return skip
+    batch = replace(subject.batch, reward=torch.where(subject.batch.scorable, 1.0, torch.nan), correct=subject.batch.scorable)
+    generator = torch.Generator().manual_seed(3)
+    moved = subject.seen + 0.3 * torch.randn(subject.seen.shape, generator=generator)
+    batch = replace(batch, logp_ref=moved, logp_old=None)
+    step = subject.gradient(batch)
+    logp = subject.policy.logp(batch, temperature=subject.sampling.temperature, replay_experts=True).logp
+    pull = 0.5 * torch.where(batch.mask, logp - moved, 0.0).square().sum()
+    size = float(step.flat.norm())
+    if size == 0.0:
+        says = "the KL to the reference is in the loss, and changes no gradient"
+        return Check("KL gradient", says, (Finding(fault("K105"), says, 0.0, 0.0),))
+    ours, known = _beside(subject, step, pull)
+    cosine = float(ours @ known) / float(ours.norm() * known.norm())
+    says = f"with equal rewards the gradient has cosine {cosine:.2f} with the pull towards the reference"
+    if cosine > 0 or objective.loss_kl.estimator is k1:
+        return Check("KL gradient", says)
+    return Check("KL gradient", says, (Finding(fault("K104"), says, cosine, 0.0),))
+
+
+def _rounding(subject: Subject) -> float:
+    from keel.doctor.probes.forward import alone
+
+    if "floor" not in subject.facts:
+        alone(subject)
+    return max(subject.facts.get("floor", 0.0), 1e-7)

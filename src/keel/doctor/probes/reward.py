@@ -1,0 +1,255 @@
+"""The reward on texts whose verdict is known: gold, other rows' gold, cheats, junk, what takes for ever; alone and in company."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from keel.doctor import chance
+from keel.doctor.catalogue import fault
+from keel.doctor.finding import Check, Finding
+from keel.doctor.subject import Subject
+from keel.tasks.task import Task, reward_many
+from keel.types import Finish, Prompt, Score
+
+PAIRS = 64  # prompts whose gold is graded
+LIMIT_S = 3.0  # within which any text must have its verdict
+BUDGET_S = 8.0  # that one probe spends grading; slow graders see fewer texts
+MOST = 0.25  # of gold answers that are not taken: from here on it is the grader that misses them, below it is those rows
+
+CHEATS = (
+    "", " ", "\n\n", "A:", "nan", "A:nan", "inf", "None", "A:None", "True", "0", "A:0", "exit(0)", "The answer is correct.",
+    "\\boxed{}", "\\boxed{", "<answer></answer>", "<think></think>", "{}", "[]", " ".join(map(str, range(200))),
+    "A:" + " ".join(map(str, range(200))), "A:" + ",".join(map(str, range(100))), "I think it is right.\nA:correct",
+    "```python\nimport sys; sys.exit(0)\n```",
+)  # fmt: skip
+JUNK = (
+    "A:abc", ":", "}{", "\\frac{1}{", "A:" + "9" * 400, "é漢字\u202e\x00", "(" * 200, "A:1e999", "-", "1/0", "[[[", "A:\n\nA:",
+    "x" * 20_000,
+)  # fmt: skip
+ENDLESS = ("\\boxed{\\dfrac{5^{(5^{(5^{(5^5)})}-4)}-5}{16}}", "A:9**9**9**9", "(" * 5_000 + ")" * 5_000, "a" * 30_000 + "!")
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How often a reward takes gold, and how often another row's gold."""
+
+    gold: int
+    right: int
+    cross: int
+    wrong: int
+    not_finite: int
+
+    @property
+    def tpr(self) -> float:
+        return self.right / self.gold
+
+    @property
+    def fpr(self) -> float:
+        return self.wrong / self.cross if self.cross else 0.0
+
+
+def gold(subject: Subject) -> Check:
+    """Gold answers score 1, other rows' gold 0, in the same process and thread as in training."""
+    task = subject.task
+    if (why := _unknown(task)) is not None:
+        return Check("gold", "", skipped=why)
+    prompts = _spread(task.train, PAIRS)
+    asked: list[tuple[Prompt, str, Finish]] = [(p, task.gold(p), "stop") for p in prompts]
+    half = max(1, len(prompts) // 2)
+    pairs = [(p, prompts[(i + half) % len(prompts)]) for i, p in enumerate(prompts)]
+    pairs = [(p, other) for p, other in pairs if p.answer != other.answer and p.text != other.text]
+    asked += [(p, task.gold(other), "stop") for p, other in pairs]
+    try:
+        scores, single = reward_many(task, asked), [task.reward(*each) for each in asked]
+    except Exception as error:  # whatever a reward of one's own raises, training would meet too
+        return _raised("gold", error, "a gold answer")
+    told, alone = (_accuracy(found, len(prompts)) for found in (scores, single))
+    subject.facts["accuracy"] = told
+    says = f"{told.right} of {told.gold} gold answers are right, and {told.wrong} of {told.cross} other rows' gold answers"
+    if _differ(scores, single):
+        return Check("gold", f"{says}; graded one by one {alone.right} and {alone.wrong}; see threads", ())
+    return Check("gold", says, tuple(_of_accuracy(task, told, says)))
+
+
+def _of_accuracy(task: Task, told: Accuracy, says: str) -> Iterator[Finding]:
+    numbers = {"tpr": told.tpr, "fpr": told.fpr, "gold": told.gold, "cross": told.cross}
+    strict = getattr(task, "own_gold_only", True)
+    wrong = told.wrong if strict or told.fpr > 0.5 else 0
+    missed = told.gold - told.right
+    if told.not_finite:
+        yield Finding(fault("K464"), f"{told.not_finite} verdicts are not finite numbers", float(told.not_finite), 0.0)
+    elif wrong and told.right < told.gold and told.tpr <= told.fpr:
+        reversed_, what = told.tpr < 0.5 * told.fpr, f"{says}: right answers are taken no more often than wrong ones"
+        yield Finding(fault("K465" if reversed_ else "K466"), what, told.tpr - told.fpr, 0.0, evidence=numbers)
+    elif wrong and missed:
+        noisy = f"{says}: it errs both ways, and the gradient shrinks to {told.tpr - told.fpr:.2f} of what it was"
+        yield Finding(fault("K466"), noisy, told.tpr - told.fpr, 1.0, evidence=numbers)
+    elif wrong:
+        yield Finding(fault("K458"), f"{says}: wrong answers are rewarded", told.fpr, 0.0, evidence=numbers)
+    elif missed == told.gold:
+        yield Finding(fault("K461"), f"{says}: nothing can ever be rewarded", 0.0, 1.0, evidence=numbers)
+    elif missed >= MOST * told.gold:
+        yield Finding(fault("K482"), f"{says}: right answers are not taken", told.tpr, 1.0, evidence=numbers)
+    elif missed:
+        yield Finding(fault("K367"), f"{says}: these rows can never be rewarded", told.tpr, 1.0, evidence=numbers)
+
+
+def _accuracy(scores: Sequence[Score], golds: int) -> Accuracy:
+    not_finite = sum(s.value is not None and not math.isfinite(s.value) for s in scores)
+    taken = [s.value is not None and s.value > 0.5 for s in scores]
+    return Accuracy(golds, sum(taken[:golds]), len(scores) - golds, sum(taken[golds:]), not_finite)
+
+
+def cheats(subject: Subject) -> Check:
+    """Texts without an answer, on prompts with different answers: none may earn anything twice."""
+    task = subject.task
+    if (why := _costly(task)) is not None:
+        return Check("cheats", "", skipped=why)
+    prompts, begun, caught, graded = _spread(task.train, 12), time.perf_counter(), {}, 0
+    for text in CHEATS:
+        if time.perf_counter() - begun > BUDGET_S:
+            break
+        try:
+            scores = [task.reward(p, text, "stop") for p in prompts]
+        except Exception as error:
+            return _raised("cheats", error, repr(text[:40]))
+        graded += 1
+        earned = {p.answer for p, score in zip(prompts, scores, strict=True) if score.value is not None and score.value > 0}
+        if len(earned) > 1:
+            caught[text] = len(earned)
+    cut = [p for p in prompts if (s := task.reward(p, _gold_or(task, p), "length")).value is not None and s.value > 0.5]
+    if caught:
+        text, answers = max(caught.items(), key=lambda each: each[1])
+        says = f"{text[:40]!r} earns a reward on prompts with {answers} different answers; so do {len(caught) - 1} other cheats"
+        return Check("cheats", says, (Finding(fault("K463"), says, float(answers), 1.0, evidence={"cheats": list(caught)[:10]}),))
+    return Check("cheats", f"none of {graded} cheats earns anything twice" + (f"; {len(cut)} truncated ones do" if cut else ""))
+
+
+def junk(subject: Subject) -> Check:
+    """Texts that no parser expects: a finite verdict for each, or "unscorable", and no exception."""
+    task = subject.task
+    if (why := _costly(task)) is not None:
+        return Check("junk", "", skipped=why)
+    begun, bad, prompt = time.perf_counter(), [], task.train[0]
+    for text in JUNK:
+        if time.perf_counter() - begun > BUDGET_S:
+            break
+        try:
+            score = task.reward(prompt, text, "stop")
+        except Exception as error:
+            return _raised("junk", error, repr(text[:40]))
+        if score.value is not None and not math.isfinite(score.value):
+            bad.append(text)
+    if bad:
+        says = f"{bad[0][:40]!r} is graded a number that is not finite"
+        return Check("junk", says, (Finding(fault("K464"), says, float(len(bad)), 0.0),))
+    return Check("junk", f"{len(JUNK)} texts that no parser expects have finite verdicts")
+
+
+def threads(subject: Subject) -> Check:
+    """The same texts graded twice one by one, and as training has them graded: equal verdicts."""
+    task = subject.task
+    if (why := _costly(task)) is not None:
+        return Check("threads", "", skipped=why)
+    texts = [(g.prompt, c.text, c.finish) for g in subject.groups for c in g.completions if c.finish != "error"][:48]
+    if _unknown(task) is None:
+        texts += [(p, task.gold(p), "stop") for p in _spread(task.train, 48)]
+    texts = list({(p.id, text): (p, text, finish) for p, text, finish in texts}.values())
+    try:
+        first, second = ([task.reward(*each) for each in texts] for _ in range(2))
+        together = reward_many(task, texts)
+    except Exception as error:
+        return _raised("threads", error, "a completion")
+    changed = _differ(first, second)
+    if changed:
+        says = f"{changed} of {len(texts)} verdicts change when the same text is graded again"
+        return Check("threads", says, (Finding(fault("K462"), says, float(changed), 0.0),))
+    apart = _differ(first, together)
+    if apart:
+        says = f"{apart} of {len(texts)} verdicts differ between grading one by one and grading as training does"
+        lost = sum(a.correct and not b.correct for a, b in zip(first, together, strict=True))
+        code = "K418" if lost == apart and lost == sum(a.correct for a in first) else "K485"
+        return Check("threads", says, (Finding(fault(code), says, float(apart), 0.0),))
+    return Check("threads", f"{len(texts)} verdicts are the same again, and the same as training has them graded")
+
+
+def hangs(subject: Subject) -> Check:
+    """Texts that send a parser into the woods: a verdict within the bound, each asked in a process that can be ended."""
+    task = subject.task
+    if (why := _costly(task)) is not None:
+        return Check("hangs", "", skipped=why)
+    slow, worst = [], 0.0
+    for text in ENDLESS:
+        begun = time.perf_counter()
+        if not _ends(task, task.train[0], text):
+            slow.append(text)
+        worst = max(worst, time.perf_counter() - begun)
+    if slow:
+        says = f"{slow[0][:50]!r} has no verdict after {LIMIT_S:g} s"
+        return Check("hangs", says, (Finding(fault("K419"), says, worst, LIMIT_S),))
+    return Check("hangs", f"{len(ENDLESS)} texts that take for ever to work out have a verdict within {worst:.1f} s")
+
+
+def _ends(task: Task, prompt: Prompt, text: str) -> bool:
+    """Whether there is a verdict, or an exception, within the limit."""
+    child = multiprocessing.get_context("fork").Process(target=_graded, args=(task, prompt, text), daemon=True)
+    child.start()
+    child.join(LIMIT_S)
+    ended = not child.is_alive()
+    if not ended:
+        child.kill()
+    child.join()
+    child.close()
+    return ended
+
+
+def _graded(task: Task, prompt: Prompt, text: str) -> None:
+    try:
+        task.reward(prompt, text, "stop")
+    except Exception:
+        return  # it ended; what it raises is for `junk` to tell
+
+
+def accuracy_words(told: Accuracy) -> str:
+    """For the card."""
+    low = chance.at_least_bound(told.right, told.gold, 0.05)
+    high = chance.at_most_bound(told.wrong, told.cross, 0.05) if told.cross else 0.0
+    return (
+        f"takes {told.right}/{told.gold} right ones (at least {low:.0%}), {told.wrong}/{told.cross} wrong ones (at most {high:.0%})"
+    )
+
+
+def _differ(a: Sequence[Score], b: Sequence[Score]) -> int:
+    return sum((x.value, x.correct) != (y.value, y.correct) and not (_nan(x) and _nan(y)) for x, y in zip(a, b, strict=True))
+
+
+def _nan(score: Score) -> bool:
+    return score.value is not None and math.isnan(score.value)
+
+
+def _raised(name: str, error: Exception, on: str) -> Check:
+    says = f"the reward raises {type(error).__name__} on {on}: {str(error)[:100]}"
+    return Check(name, says, (Finding(fault("K489"), says, 1.0, 0.0),))
+
+
+def _unknown(task: Task) -> str | None:
+    return (
+        "no completion of this task is known to be right, or to grade one costs money" if getattr(task, "checked", 1) == 0 else None
+    )
+
+
+def _costly(task: Task) -> str | None:
+    grader = getattr(task, "grade", None)
+    return "its grader asks a server" if hasattr(grader, "spent") or "judge" in type(grader).__name__.lower() else None
+
+
+def _gold_or(task: Task, prompt: Prompt) -> str:
+    return prompt.answer if _unknown(task) else task.gold(prompt)
+
+
+def _spread(prompts: Sequence[Prompt], most: int) -> list[Prompt]:
+    return [prompts[i * len(prompts) // most] for i in range(most)] if len(prompts) > most else list(prompts)

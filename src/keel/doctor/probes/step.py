@@ -1,0 +1,274 @@
+"""The real optimizer step: cut otherwise, in another order, with junk under the mask, with what is not finite, and undone."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from keel.doctor.catalogue import fault
+from keel.doctor.finding import Check, Finding
+from keel.doctor.probes.forward import unsteady, widened
+from keel.doctor.subject import Subject, in_double
+from keel.training import checkpoint, loop
+from keel.types import Batch
+
+Vector = Float[Tensor, " n"]
+
+
+def cuts(subject: Subject) -> Check:
+    """One stored batch in micro-batches of several sizes, and over virtual ranks: the same gradient."""
+    if (skip := unsteady(subject, "cuts") or subject.blocked("cuts", "gradient")) is not None:
+        return skip
+    narrow = subject.gradient(subject.stale).flat
+    with subject.double():
+        wide = in_double(subject.stale)
+        whole, one_rank = subject.gradient(wide), _over_ranks(subject, wide, 1)
+        tokens = int((wide.prompt_len + wide.completion_len).sum())
+        differ, parts = {}, {}
+        for share in (3, len(wide)):
+            parts[share] = subject.gradient(wide, micro_batch_tokens=max(1, tokens // share))
+            differ[f"micro-batches of {max(1, tokens // share)} tokens"] = apart(parts[share].flat, whole.flat)
+        ranks = {n: _over_ranks(subject, wide, n) for n in (2, 3)}
+        told = {f"{n} virtual ranks": apart(vector, one_rank) for n, vector in ranks.items()}
+        end, prepared = torch.tensor([len(wide) - 1]), subject.trainer.objective.prepare(wide, subject.cap)
+        last = subject.gradient(wide.rows(end), prepared.rows(end))
+    floor = apart(narrow, whole.flat)
+    name, largest = max((differ | told).items(), key=lambda each: each[1])
+    says = f"cut otherwise, the gradient differs by {largest:.1e} of its norm in 64 bits ({name}); rounding in 32 is {floor:.1e}"
+    if largest <= floor:
+        return Check("cuts", says)
+    by_micro = max(differ.values()) > floor
+    code = _kind_of_cut(whole.flat, parts[len(wide)].flat, last.flat, len(wide)) if by_micro else "K103"
+    return Check("cuts", says, (Finding(fault(code), says, largest, floor, evidence=differ | told),))
+
+
+def _kind_of_cut(whole: Vector, singles: Vector, last: Vector, cuts: int) -> str:
+    """Whether the gradient of single rows has only another scale, is that of the last row alone, or another one altogether."""
+    norm = float(singles.norm() / whole.norm().clamp(min=1e-300))
+    parallel = float(singles @ whole / (singles.norm() * whole.norm()).clamp(min=1e-300)) > 1 - 1e-6
+    only_last = float(singles @ last / (singles.norm() * last.norm()).clamp(min=1e-300)) > 1 - 1e-6 or float(singles.norm()) == 0.0
+    return "K102" if parallel and abs(norm - 1) > 1e-6 or only_last else "K101"
+
+
+def _over_ranks(subject: Subject, batch: Batch, ranks: int) -> Vector:
+    """Each rank has some of the rows and the counts of all of them; the gradients add up."""
+    trainer, objective = subject.trainer, subject.trainer.objective
+    prepared = objective.prepare(batch, subject.cap)
+    counts = objective.counts(batch, prepared, subject.cap)
+    subject.policy.model.zero_grad(set_to_none=True)
+    for rank in range(ranks):
+        rows = torch.arange(rank, len(batch), ranks)
+        whole = [torch.arange(len(rows))]
+        part = batch.rows(rows), prepared.rows(rows), counts
+        loop.accumulate_gradient(subject.policy, objective, *part, whole, subject.sampling.temperature)
+    found = [p.grad.double().flatten() for p in trainer.parameters.values() if p.grad is not None]
+    subject.policy.model.zero_grad(set_to_none=True)
+    return torch.cat(found) if found else torch.zeros(1, dtype=torch.float64)
+
+
+def order(subject: Subject) -> Check:
+    """Rows in another order, and more padding with junk in it: the same gradient."""
+    if (skip := unsteady(subject, "order") or subject.blocked("order", "gradient")) is not None:
+        return skip
+    narrow = subject.gradient(subject.stale).flat
+    with subject.double():
+        wide = in_double(subject.stale)
+        whole = subject.gradient(wide).flat
+        turned = torch.randperm(len(wide), generator=torch.Generator().manual_seed(1))
+        differ = {
+            "rows in another order": apart(subject.gradient(wide.rows(turned)).flat, whole),
+            "seven more columns of padding": apart(subject.gradient(widened(wide, 7)).flat, whole),
+        }
+    floor = apart(narrow, whole)
+    name, largest = max(differ.items(), key=lambda each: each[1])
+    says = f"{name} change the gradient by {largest:.1e} of its norm in 64 bits; 32-bit rounding is {floor:.1e}"
+    if largest <= floor:
+        return Check("order", says)
+    code = "K135" if differ["rows in another order"] > floor else "K116"
+    return Check("order", says, (Finding(fault(code), says, largest, floor, evidence=differ),))
+
+
+def masked(subject: Subject) -> Check:
+    """Junk under the mask, another reward for what could not be scored, and its rows left out altogether: nothing may change."""
+    if (skip := unsteady(subject, "masked")) is not None:
+        return skip
+    batch, findings = subject.stale, []
+    plain = subject.gradient(batch)
+    if plain.skipped:
+        says = f"completions without a verdict make the gradient of {plain.skipped} not finite"
+        subject.block("advantage", f"{says}; see masked")
+        subject.block("gradient", f"{says}; see masked")
+        return Check("masked", says, (Finding(fault("K116"), says, float("inf"), 0.0),))
+    for junk in (torch.nan, torch.inf, 99.0):
+        step = subject.gradient(_spoiled(batch, junk))
+        if not _same(step.gradient, plain.gradient):
+            says = f"{junk:g} under the mask changes the gradient" + (
+                f" (tensor {step.skipped} is not finite)" if step.skipped else ""
+            )
+            findings.append(Finding(fault("K116"), says, float("inf"), 0.0))
+            break
+    gone = ~batch.scorable
+    if not findings and bool(gone.any()):
+        findings += _without(subject, batch, gone, plain.flat)
+    says = "what is masked, or could not be scored, changes no bit of the gradient"
+    return Check("masked", findings[0].says if findings else says, tuple(findings))
+
+
+def _without(subject: Subject, batch: Batch, gone: Tensor, plain: Vector) -> list[Finding]:
+    """Findings where rows without a verdict have a say in the gradient of the others."""
+    with subject.double():
+        wide = in_double(batch)
+        whole = subject.gradient(wide).flat
+        fewer = wide.rows((~gone).nonzero()[:, 0])
+        left, objective = subject.gradient(fewer).flat, subject.trainer.objective
+        prepared = objective.prepare(wide, subject.cap)
+        counted = objective.counts(wide, prepared, subject.cap)
+    floor, differs = apart(plain, whole), apart(left, whole)
+    if differs <= floor:
+        return []
+    subject.block("advantage", "completions without a verdict change the others' gradient; see masked")
+    tokens, trained = int(counted.tokens), int(prepared.mask.sum())
+    denominators = tokens != trained
+    code = "K121" if denominators else "K115"
+    what = (
+        f"denominators count {tokens} tokens where {trained} are trained" if denominators else "their siblings' advantages change"
+    )
+    says = f"leaving out {int(gone.sum())} unscorable completions changes the gradient by {differs:.1e} of its norm: {what}"
+    return [Finding(fault(code), says, differs, floor)]
+
+
+def _spoiled(batch: Batch, junk: float) -> Batch:
+    names = [name for name in ("logp_rollout", "logp_old", "logp_ref") if getattr(batch, name) is not None]
+    changes = {name: torch.where(batch.mask, getattr(batch, name), junk) for name in names}
+    return replace(batch, **changes)
+
+
+def non_finite(subject: Subject) -> Check:
+    """An advantage that is NaN: no weight, no optimizer state and no clock of the schedule may move."""
+    trainer, batch = subject.trainer, subject.batch
+    prepared = trainer.objective.prepare(batch, subject.cap)
+    spoiled = replace(prepared, advantage=torch.where(prepared.mask, torch.nan, prepared.advantage))
+    with subject.kept():
+        before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
+        updates = trainer.updates
+        loop._update(trainer, batch, spoiled)
+        moved = [name for name, p in trainer.parameters.items() if not torch.equal(p.detach(), before[name])]
+        counted = trainer.updates != updates
+    if not moved and not counted:
+        return Check("non-finite gradient", "a gradient that is not finite changes no weight")
+    what = f"{len(moved)} tensors, {moved[0]} among them," if moved else "the schedule's clock"
+    says = f"a gradient that is not finite changed {what} in place of being skipped"
+    return Check("non-finite gradient", says, (Finding(fault("K131"), says, float(len(moved)), 0.0),))
+
+
+def updates(subject: Subject) -> Check:
+    """Several updates of one batch: each row once, and the ratio against the policy that sampled."""
+    trainer, batch = subject.trainer, subject.stale
+    number = max(2, trainer.updates_per_batch if trainer.updates_per_batch <= len(batch.group.unique()) else 2)
+    rows = torch.cat(loop._updates(batch, number)).sort().values
+    findings = []
+    if not torch.equal(rows, torch.arange(len(batch))):
+        extra = len(batch) - len(rows.unique())
+        says = f"cut into {number} updates, {extra} of {len(batch)} completions are left out and others come twice"
+        findings.append(Finding(fault("K123"), says, float(extra), 0.0))
+    told = subject.gradient(batch).metrics
+    expected = float((subject.seen - batch.logp_old)[batch.mask].abs().max())
+    found = told.get("policy/log_ratio_max_abs", 0.0)
+    if not found > 0.5 * expected:
+        says = (
+            f"the policy stands up to {expected:.2g} nats from the one that sampled, and the loss sees a log-ratio of {found:.2g}"
+        )
+        findings.append(Finding(fault("K122"), says, found, expected))
+    says = f"cut into {number} updates every completion comes once, and the ratio is taken against the policy that sampled"
+    return Check("updates", findings[0].says if findings else says, tuple(findings))
+
+
+def census(subject: Subject) -> Check:
+    """Two real steps: every tensor that should train gets a gradient, and its stored bits change."""
+    if (skip := subject.blocked("census", "advantage")) is not None:
+        return skip
+    trainer, batch = subject.trainer, subject.batch
+    left_out = [name for name, p in subject.policy.model.named_parameters() if not p.requires_grad]
+    findings = []
+    if left_out and subject.config.lora is None:
+        says = f"{len(left_out)} tensors are not trained, {left_out[0]} among them, and no adapters are asked for"
+        findings.append(Finding(fault("K153"), says, float(len(left_out)), 0.0, evidence={"tensors": left_out[:20]}))
+    with subject.kept():
+        start = {name: p.detach().clone() for name, p in trainer.parameters.items()}
+        told: dict[str, bool] = dict.fromkeys(start, False)
+        for _ in range(2):
+            for name, gradient in subject.gradient(batch).gradient.items():
+                told[name] |= gradient is not None and bool(gradient.any())
+            loop._update(trainer, batch, trainer.objective.prepare(batch, subject.cap))
+        moved = {name: float((p.detach() != start[name]).double().mean()) for name, p in trainer.parameters.items()}
+    silent = [name for name, seen in told.items() if not seen]
+    still = [name for name, share in moved.items() if share == 0.0 and name not in silent]
+    if silent:
+        says = f"{len(silent)} of {len(told)} trained tensors get no gradient, {silent[0]} among them"
+        findings.append(Finding(fault("K153"), says, float(len(silent)), 0.0, evidence={"tensors": silent[:20]}))
+    if still:
+        findings.append(_unmoved(subject, still, moved))
+    changed = sum(share for share in moved.values()) / len(moved)
+    says = f"all {len(moved)} trained tensors get a gradient, and {changed:.1%} of their numbers change in two steps"
+    return Check("census", findings[0].says if findings else says, tuple(findings))
+
+
+def _unmoved(subject: Subject, still: list[str], moved: dict[str, float]) -> Finding:
+    parameters, lr = subject.trainer.parameters, subject.config.train.lr
+    ulp = {name: float(parameters[name].detach().abs().mean()) * _spacing(parameters[name]) for name in still}
+    name = max(ulp, key=ulp.__getitem__)
+    says = (
+        f"{len(still)} of {len(moved)} tensors get a gradient and keep every stored bit through two steps at learning rate {lr:g}: "
+        f"the numbers of {name} are {ulp[name]:.1e} apart"
+    )
+    return Finding(fault("K653"), says, float(len(still)), 0.0, evidence={"tensors": still[:20]})
+
+
+def _spacing(p: Tensor) -> float:
+    """Distance of neighbouring numbers near 1 in what is really stored: bits that are all zero do not count."""
+    rounded = torch.equal(p.detach().to(torch.bfloat16).to(p.dtype), p.detach())
+    return torch.finfo(torch.bfloat16 if rounded else p.dtype).eps
+
+
+def resumes(subject: Subject) -> Check:
+    """A step, a checkpoint, another step; and from the checkpoint again: the same bits."""
+    if (skip := unsteady(subject, "resume")) is not None:
+        return skip
+    trainer, batch = subject.trainer, subject.batch
+    with subject.kept(), tempfile.TemporaryDirectory() as folder:
+        loop._update(trainer, batch, trainer.objective.prepare(batch, subject.cap))
+        tensors, clocks = trainer.state()
+        checkpoint.save(Path(folder), trainer.step, tensors, {"clocks": clocks})
+        on = _after_one_more(subject, batch)
+        _, tensors, state = checkpoint.load(Path(folder))
+        trainer.optimizer.state.clear()
+        trainer.restore(tensors, state["clocks"])
+        again = _after_one_more(subject, batch)
+    subject.awake()
+    differ = [name for name in on if not torch.equal(on[name], again[name])]
+    if not differ:
+        return Check("resume", "a step after resuming gives the same bits as without")
+    says = f"a step after resuming gives other bits in {len(differ)} of {len(on)} tensors, {differ[0]} among them"
+    return Check("resume", says, (Finding(fault("K170"), says, float(len(differ)), 0.0),))
+
+
+def _after_one_more(subject: Subject, batch: Batch) -> dict[str, Tensor]:
+    loop._update(subject.trainer, batch, subject.trainer.objective.prepare(batch, subject.cap))
+    return {name: p.detach().clone() for name, p in subject.trainer.parameters.items()}
+
+
+def apart(a: Vector, b: Vector) -> float:
+    """‖a − b‖ / ‖b‖; infinite where one has what the other lacks, or is not finite."""
+    if a.shape != b.shape:
+        return float("inf")
+    distance = float((a - b).norm() / b.norm().clamp(min=1e-300))
+    return distance if distance == distance else float("inf")
+
+
+def _same(a: dict[str, Tensor | None], b: dict[str, Tensor | None]) -> bool:
+    return all((a[n] is None) == (b[n] is None) and (a[n] is None or torch.equal(a[n], b[n])) for n in b)
