@@ -252,6 +252,24 @@ def gap(arguments: list[str]) -> int:
     )
 
 
+# ── doctor ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def doctor(arguments: list[str]) -> int:
+    """examine a configuration before a run, or a run: keel doctor quickstart, keel doctor runs/mine; exit code 1 for findings"""
+    parser = parser_of("doctor", doctor, settings=True)
+    parser.add_argument("source", nargs="?", default="quickstart", help="a configuration as `keel train` takes it, or a run folder")
+    parser.add_argument(
+        "--probe", action="append", default=[], metavar="NAME", help="ask this one alone (several: repeat; list: all)"
+    )
+    parser.add_argument("--step", type=int, help="with --probe, of a run: the checkpoint of this step, not the newest")
+    parser.add_argument("--json", action="store_true", help="print as JSON on stdout")
+    options, overrides = read(parser, arguments)
+    from keel.doctor.command import run
+
+    return run(options.source, overrides, probes=options.probe, step=options.step, as_json=options.json)
+
+
 # ── grade ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -379,6 +397,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "papers": papers,
     "audit": audit,
     "gap": gap,
+    "doctor": doctor,
     "grade": grade,
     "data": data,
     "study": study,

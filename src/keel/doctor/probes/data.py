@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -86,7 +87,9 @@ def answered(subject: Subject, tries: int = TRIES, asked: int = ASKED) -> Answer
         train = subject.task.train
         some = [train[i * len(train) // asked] for i in range(asked)] if len(train) > asked else list(train)
         prompts = subject.rendered(some)
+        begun = time.perf_counter()
         made = subject.generate(prompts, tries, step=STEP + 3)
+        subject.facts["sampling s/token"] = (time.perf_counter() - begun) / sum(len(c.token_ids) for c in made)
         scores = _scores(subject, [(p, c) for p, row in zip(prompts, _rows(made, tries), strict=True) for c in row])
         subject.facts[key] = Answered(
             tuple(prompts), _rows(made, tries), tuple(scores[i : i + tries] for i in range(0, len(scores), tries))

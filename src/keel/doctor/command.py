@@ -1,0 +1,68 @@
+"""`keel doctor`: before a run the card, and after it triage; or single probes of either."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from keel.config import load_config
+from keel.doctor.finding import Check
+from keel.errors import KeelError
+from keel.files import json_of
+
+
+def run(source: str, overrides: dict[str, Any], *, probes: list[str], step: int | None, as_json: bool) -> int:
+    """The command.
+
+    Args:
+        source: a configuration, as `keel train` takes it; or a run folder.
+        probes: to ask alone; all of the card's, or triage, where none is named.
+
+    Returns:
+        0 where nothing was found, 1 where something was. A mistake, or a system that cannot be put together, raises.
+    """
+    from keel.doctor.probes import PROBES
+
+    if probes == ["list"]:
+        print("\n".join(f"{name:<20} {(probe.__doc__ or '').strip().splitlines()[0]}" for name, probe in PROBES.items()))
+        return 0
+    folder = os.path.isfile(os.path.join(source, "config.toml"))
+    if not probes and (folder or os.path.isdir(source)):
+        return _triage(source, as_json)
+    return _examined(source, overrides, folder, probes, step, as_json)
+
+
+def _examined(source: str, overrides: dict[str, Any], folder: bool, probes: list[str], step: int | None, as_json: bool) -> int:
+    from keel.doctor.card import check_json, examine
+    from keel.doctor.probes import ask
+    from keel.doctor.subject import Subject
+    from keel.doctor.words import check_words, told
+
+    if folder and overrides:
+        raise KeelError(
+            f"keel doctor was given the run {source!r} with {', '.join(overrides)}. Its own settings hold; expected none."
+        )
+    subject = Subject.of_run(source, step) if folder else Subject.of(load_config(source, overrides))
+    try:
+        if not probes:
+            card = examine(subject, source, _show)
+            print(json_of(card.as_json()) if as_json else told(card))
+            return int(not card.diagnosis.healthy)
+        checks = ask(subject, probes)
+    finally:
+        subject.close()
+    print(json_of([check_json(c) for c in checks]) if as_json else "\n".join(map(check_words, checks)))
+    return int(any(check.findings for check in checks))
+
+
+def _triage(source: str, as_json: bool) -> int:
+    from keel.doctor.triage import run as triage
+
+    return triage(source, as_json=as_json)
+
+
+def _show(check: Check) -> None:
+    """Progress, for someone who waits at a terminal."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{check.name} {check.seconds:.1f} s", end="\r", file=sys.stderr, flush=True)
