@@ -52,7 +52,9 @@ def _examined(source: str, overrides: dict[str, Any], folder: bool, probes: list
         checks = ask(subject, probes)
     finally:
         subject.close()
-    print(json_of([check_json(c) for c in checks]) if as_json else "\n".join(map(check_words, checks)))
+    print(
+        json_of({"source": source, "checks": [check_json(c) for c in checks]}) if as_json else "\n".join(map(check_words, checks))
+    )
     return int(any(check.findings for check in checks))
 
 

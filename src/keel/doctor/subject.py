@@ -236,6 +236,18 @@ class Subject:
                 setattr(trainer, name, value)
             self.policy.model.zero_grad(set_to_none=True)
 
+    def no_double(self, name: str) -> Check | None:
+        """The check that cannot be made because this model has no 64-bit arithmetic (some mixtures); None where it has."""
+        if "double" not in self.facts:
+            try:
+                with self.double():
+                    self.look(in_double(self.batch.rows(torch.arange(1))))
+                self.facts["double"] = True
+            except RuntimeError:
+                self.facts["double"] = False
+        why = "this model cannot be computed in 64 bits, so rounding cannot be told from a fault"
+        return None if self.facts["double"] else Check(name, "", skipped=why)
+
     @contextmanager
     def double(self) -> Iterator[None]:
         """Inside, the policy computes in 64 bits, where rounding is far below anything that is looked for; weights come back bit

@@ -35,8 +35,8 @@ LOOKS_AT: dict[str, Part] = {
     **dict.fromkeys(("budget",), "settings"),
     **dict.fromkeys(("difficulty",), "difficulty"),
     **dict.fromkeys(("end tokens", "rows", "echo", "repeat", "padding", "own logits", "masked", "cuts", "order"), "framework"),
-    **dict.fromkeys(("non-finite gradient", "updates", "metrics", "advantages", "direction"), "framework"),
-    **dict.fromkeys(("reference", "KL gradient", "census", "resume"), "framework"),
+    **dict.fromkeys(("non-finite gradient", "updates", "metrics", "advantages", "direction", "bandit"), "framework"),
+    **dict.fromkeys(("reversed", "coins", "reference", "KL gradient", "census", "resume"), "framework"),
 }
 
 

@@ -42,7 +42,7 @@ def described(grader: Grader) -> Any:
     return describe() if describe is not None else getattr(grader, "version", "")
 
 
-def spent(grader: Grader) -> dict[str, float]:
+def spent(grader: Grader | None) -> dict[str, float]:
     """What a grader has used up so far, by the names of the metrics below judge/; empty where it counts nothing."""
     count = getattr(grader, "spent", None)
     return count() if count is not None else {}

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from keel.doctor.finding import Check
 from keel.doctor.invariants import metrics_of_a_step
-from keel.doctor.probes import data, engine, forward, groups, objective, reward, step
+from keel.doctor.probes import controls, data, engine, forward, groups, objective, reward, step
 from keel.doctor.subject import Subject
 from keel.errors import KeelError, nearest
 
@@ -38,6 +38,9 @@ PROBES: dict[str, Probe] = {
     "metrics": metrics_of_a_step,
     "advantages": objective.advantages,
     "direction": objective.direction,
+    "bandit": controls.bandit,
+    "reversed": controls.reversed_rewards,
+    "coins": controls.coins,
     "reference": objective.reference,
     "KL gradient": objective.kl_gradient,
     "census": step.census,

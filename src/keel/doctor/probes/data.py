@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from keel.data.items import Item, Items
@@ -161,7 +161,7 @@ def _chance_without(votes: list[Vote], model: Suspicion) -> float:
                     total += times * math.log(max(chance_of, 1e-300))
         return total - sum(math.log(x) ** 2 for x in (*guess.solve, *guess.rival)) / 4
 
-    def without(x: Sequence[float]) -> Suspicion:
+    def without(x: Iterable[float]) -> Suspicion:
         a, b, c, d = (math.exp(min(6.0, max(-4.0, value))) for value in x)
         return Suspicion(0.0, (a, b), (c, d), model.seen)
 

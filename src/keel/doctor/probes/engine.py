@@ -38,7 +38,7 @@ def gap(subject: Subject) -> Check:
     floor = noise_floor(subject.policy, batch, seen.logp, subject.sampling.temperature)
     if "floor" not in subject.facts:
         alone(subject)
-    rounding = max(floor.max_abs_nats, subject.facts["floor"])
+    rounding = max(floor.max_abs_nats, subject.facts.get("floor", 1e-5))
     far, bound = largest_gap(subject, seen.logp, batch), SLACK * rounding
     subject.facts |= {"gap": far, "gap bound": bound}
     says = f"engine and trainer differ by up to {far:.1e} nats; the trainer against itself by {rounding:.1e}"
@@ -122,7 +122,9 @@ def sampling(subject: Subject) -> Check:
     subject.awake()
     prompts = subject.rendered(PromptStream(subject.task.train, subject.config.seed + 1).take(16))
     batch = few_rows(subject, batch_of(prompts, subject.generate(prompts, 16, step=STEP + 1)))
-    log_probs = distribution(model_logits(subject, batch), batch, subject.sampling.temperature)[batch.mask].double()
+    with torch.no_grad():
+        logits = model_logits(subject, batch)
+    log_probs = distribution(logits, batch, subject.sampling.temperature)[batch.mask].double()
     tokens = _tokens(batch)[batch.mask]
     probs = log_probs.exp()
     said = log_probs.gather(1, tokens[:, None])[:, 0]

@@ -37,7 +37,7 @@ def unsteady(subject: Subject, name: str) -> Check | None:
 
 def alone(subject: Subject) -> Check:
     """Every completion by itself, in a wider table, and in the batch: the same log-probabilities in 64-bit arithmetic."""
-    if (skip := unsteady(subject, "padding")) is not None:
+    if (skip := unsteady(subject, "padding") or subject.no_double("padding")) is not None:
         return skip
     batch, narrow = subject.batch, subject.seen.double()
     with subject.double():
@@ -70,10 +70,11 @@ def own_logits(subject: Subject) -> Check:
         if (skip := subject.blocked("own logits", "forward")) is not None:
             return skip
     batch, temperature = few_rows(subject), subject.sampling.temperature
-    logits = model_logits(subject, batch)
+    with torch.no_grad():
+        logits = model_logits(subject, batch)
     mask, ours = batch.mask, subject.look(batch)
     far = {t: (of_logits(logits, batch, t) - ours)[mask].abs() for t in {temperature, 1.0}}
-    floor = max(subject.facts["floor"], 1e-6)
+    floor = max(subject.facts.get("floor", 1e-5), 1e-6)
     at_asked, bound = far[temperature], 20 * floor
     allowed = 0.02 if subject.policy.routing is not None else 0.0  # a router's near-tie sends a token elsewhere
     value = float(at_asked.max())
@@ -97,7 +98,6 @@ def few_rows(subject: Subject, batch: Batch | None = None) -> Batch:
     return batch.rows(torch.arange(max(1, min(len(batch), int(LOGITS // size)))))
 
 
-@torch.no_grad()
 def model_logits(subject: Subject, batch: Batch) -> Float[Tensor, "B T V"]:
     """The model's own logits at each completion token, by transformers and nothing of keel's."""
     length = batch.prompt_len + batch.completion_len

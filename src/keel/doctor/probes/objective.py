@@ -92,7 +92,7 @@ def direction(subject: Subject) -> Check:
     centred = torch.where(batch.scorable, worth - mean[batch.group], 0.0)
     logp = subject.policy.logp(batch, temperature=subject.sampling.temperature, replay_experts=True).logp
     by_hand = -(torch.where(batch.mask, logp, 0.0) * centred[:, None]).sum()
-    ours, known = _beside(subject, step, by_hand)
+    ours, known = beside(subject, step, by_hand)
     size = float(ours.norm() * known.norm())
     cosine = float(ours @ known) / size if size > 0 else 0.0
     subject.facts["cosine"] = cosine
@@ -102,7 +102,7 @@ def direction(subject: Subject) -> Check:
     return Check("direction", says, (Finding(fault("K125"), says, cosine, 0.0),))
 
 
-def _beside(subject: Subject, step: Step, loss: Tensor) -> tuple[Tensor, Tensor]:
+def beside(subject: Subject, step: Step, loss: Tensor) -> tuple[Tensor, Tensor]:
     """The step's gradient and that of a loss, over the parameters that both reach, each as one vector."""
     names = [name for name, g in step.gradient.items() if g is not None]
     if not names:
@@ -147,7 +147,7 @@ def kl_gradient(subject: Subject) -> Check:
     if size == 0.0:
         says = "the KL to the reference is in the loss, and changes no gradient"
         return Check("KL gradient", says, (Finding(fault("K105"), says, 0.0, 0.0),))
-    ours, known = _beside(subject, step, pull)
+    ours, known = beside(subject, step, pull)
     cosine = float(ours @ known) / float(ours.norm() * known.norm())
     says = f"with equal rewards the gradient has cosine {cosine:.2f} with the pull towards the reference"
     if cosine > 0 or objective.loss_kl.estimator is k1:

@@ -12,6 +12,7 @@ from keel.doctor import chance
 from keel.doctor.catalogue import fault
 from keel.doctor.finding import Check, Finding
 from keel.doctor.subject import Subject
+from keel.rewards.compose import spent
 from keel.tasks.task import Task, reward_many
 from keel.types import Finish, Prompt, Score
 
@@ -243,8 +244,7 @@ def _unknown(task: Task) -> str | None:
 
 
 def _costly(task: Task) -> str | None:
-    grader = getattr(task, "grade", None)
-    return "its grader asks a server" if hasattr(grader, "spent") or "judge" in type(grader).__name__.lower() else None
+    return "its grader asks a server, which costs" if spent(getattr(task, "grade", None)) else None
 
 
 def _gold_or(task: Task, prompt: Prompt) -> str:

@@ -22,7 +22,7 @@ Vector = Float[Tensor, " n"]
 
 def cuts(subject: Subject) -> Check:
     """One stored batch in micro-batches of several sizes, and over virtual ranks: the same gradient."""
-    if (skip := unsteady(subject, "cuts") or subject.blocked("cuts", "gradient")) is not None:
+    if (skip := unsteady(subject, "cuts") or subject.no_double("cuts") or subject.blocked("cuts", "gradient")) is not None:
         return skip
     narrow = subject.gradient(subject.stale).flat
     with subject.double():
@@ -73,7 +73,7 @@ def _over_ranks(subject: Subject, batch: Batch, ranks: int) -> Vector:
 
 def order(subject: Subject) -> Check:
     """Rows in another order, and more padding with junk in it: the same gradient."""
-    if (skip := unsteady(subject, "order") or subject.blocked("order", "gradient")) is not None:
+    if (skip := unsteady(subject, "order") or subject.no_double("order") or subject.blocked("order", "gradient")) is not None:
         return skip
     narrow = subject.gradient(subject.stale).flat
     with subject.double():
@@ -121,6 +121,8 @@ def masked(subject: Subject) -> Check:
 
 def _without(subject: Subject, batch: Batch, gone: Tensor, plain: Vector) -> list[Finding]:
     """Findings where rows without a verdict have a say in the gradient of the others."""
+    if subject.no_double("masked") is not None:
+        return []
     with subject.double():
         wide = in_double(batch)
         whole = subject.gradient(wide).flat
