@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.util import find_spec
 from typing import Any
 
 from keel.config import load_config
@@ -28,13 +29,14 @@ def run(source: str, overrides: dict[str, Any], *, probes: list[str], step: int 
         print("\n".join(f"{name:<20} {(probe.__doc__ or '').strip().splitlines()[0]}" for name, probe in PROBES.items()))
         return 0
     folder = os.path.isfile(os.path.join(source, "config.toml"))
-    if not probes and (folder or os.path.isdir(source)):
+    if not probes and os.path.isdir(source) and find_spec("keel.doctor.triage") is not None:
         return _triage(source, as_json)
     return _examined(source, overrides, folder, probes, step, as_json)
 
 
 def _examined(source: str, overrides: dict[str, Any], folder: bool, probes: list[str], step: int | None, as_json: bool) -> int:
     from keel.doctor.card import check_json, examine
+    from keel.doctor.invariants import health_of
     from keel.doctor.probes import ask
     from keel.doctor.subject import Subject
     from keel.doctor.words import check_words, told
@@ -46,7 +48,7 @@ def _examined(source: str, overrides: dict[str, Any], folder: bool, probes: list
     subject = Subject.of_run(source, step) if folder else Subject.of(load_config(source, overrides))
     try:
         if not probes:
-            card = examine(subject, source, _show)
+            card = examine(subject, source, _show, (health_of(source),) if folder else ())
             print(json_of(card.as_json()) if as_json else told(card))
             return int(not card.diagnosis.healthy)
         checks = ask(subject, probes)

@@ -21,6 +21,7 @@ from torch import Tensor
 from keel import run as runs
 from keel.config import RunConfig
 from keel.doctor.finding import Check
+from keel.models.policy import Policy
 from keel.objectives.objective import Prepared
 from keel.rollout.engine import Seed, check_completions
 from keel.run_folder import RunFolder
@@ -31,7 +32,7 @@ from keel.training.step import look
 from keel.types import Batch, Completion, Group, Prompt, Sampling, Score
 
 PROMPTS, GROUP = 8, 8  # at most, in a batch that is examined
-LARGE, FEW_PROMPTS, FEW = 2e7, 4, 4  # parameters from which it is smaller yet
+LARGE, FEW_PROMPTS, FEW = 2e7, 2, 3  # parameters from which it is smaller yet
 STEP = 2**31 + 3  # draws of the doctor's own: never training's, an evaluation's, an audit's or a gap's
 
 
@@ -43,11 +44,13 @@ class Subject:
         parts: as the settings name them.
         trainer: over the same parts, with batches of at most `PROMPTS` × `GROUP`, sampled in turn.
         facts: what one probe found out and others build on, by name.
+        fresh: whether the engine is awake and was sent the weights as they are.
     """
 
     parts: runs.Parts
     trainer: loop.Trainer
     facts: dict[str, Any] = field(default_factory=dict)
+    fresh: bool = False
 
     @classmethod
     def of(cls, config: RunConfig, make_engine: runs.MakeEngine | None = None) -> Subject:
@@ -74,7 +77,7 @@ class Subject:
     @classmethod
     def _over(cls, parts: runs.Parts) -> Subject:
         train = parts.config.train
-        large = sum(p.numel() for p in parts.policy.model.parameters()) > LARGE
+        large = is_large(parts.policy)
         updates = min(2, train.updates_per_batch or 1)
         smaller = {
             "train.updates_per_batch": updates,
@@ -127,11 +130,18 @@ class Subject:
         self.trainer.close()
         getattr(self.parts.engine, "close", lambda: None)()
 
+    @property
+    def large(self) -> bool:
+        """Whether a pass takes so long that probes make do with fewer of them."""
+        return is_large(self.policy)
+
     # ── sampling ──
 
     def awake(self) -> None:
-        """Make sure that the engine holds the trainer's weights: sampling a batch lets it sleep."""
-        self.trainer.rollouts.publish(self.policy.weights(), self.trainer.step)
+        """Send the engine the trainer's weights as training sends them, unless it has them."""
+        if not self.fresh:
+            self.trainer.rollouts.publish(self.policy.weights(), self.trainer.step)
+            self.fresh = True
 
     def rendered(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """As the model reads them."""
@@ -155,8 +165,9 @@ class Subject:
     @cached_property
     def groups(self) -> list[Group]:
         """One rollout batch, sampled and graded by training's own collection; the engine is awake afterwards."""
-        collected = self.rollouts.collect(0)
         self.awake()
+        collected = self.rollouts.collect(0)
+        self.fresh = False  # it sleeps
         return list(collected.groups)
 
     @property
@@ -235,6 +246,7 @@ class Subject:
             for name, value in clocks.items():
                 setattr(trainer, name, value)
             self.policy.model.zero_grad(set_to_none=True)
+            self.fresh = False
 
     def no_double(self, name: str) -> Check | None:
         """The check that cannot be made because this model has no 64-bit arithmetic (some mixtures); None where it has."""
@@ -295,6 +307,11 @@ class _Recorder(torch.optim.Optimizer):
 
     def step(self, closure=None):
         self.told = {name: None if p.grad is None else p.grad.detach().clone() for name, p in self.parameters.items()}
+
+
+def is_large(policy: Policy) -> bool:
+    """Whether a model has more parameters than can be asked often in seconds."""
+    return sum(p.numel() for p in policy.model.parameters()) > LARGE
 
 
 def in_double(batch: Batch) -> Batch:

@@ -105,7 +105,9 @@ def _of_other_prompts(subject: Subject, batch: Batch, logp: Float[Tensor, "B T"]
         for other in others:
             asked = other.tokens[0, : int(other.prompt_len)]
             joined = torch.cat((asked, said))[None]
-            whole = replace(batch.rows(torch.tensor([row])), tokens=joined, prompt_len=other.prompt_len, kept=None, experts=None)
+            whole = replace(
+                batch.rows(torch.tensor([row])), tokens=joined, prompt_len=other.prompt_len, kept=None, experts_rollout=None
+            )
             there = look(subject.policy, whole, [torch.arange(1)], subject.sampling.temperature).logp
             if float((there - batch.logp_rollout[row])[0, :tokens].abs().max()) <= bound:
                 found += 1
@@ -236,6 +238,7 @@ def _missing(subject: Subject, names: list[str], bound: float) -> list[str] | No
 @torch.no_grad()
 def _moved(subject: Subject, names: list[str]) -> None:
     """Move these tensors by a twentieth of their spread, each with a noise of its own, as another step of training might."""
+    subject.fresh = False
     for i, name in enumerate(names):
         p = subject.trainer.parameters[name]
         scale = 0.05 * float(p.std()) if p.numel() > 1 and float(p.std()) > 0 else 0.05
@@ -245,6 +248,7 @@ def _moved(subject: Subject, names: list[str]) -> None:
 def _gap_after(subject: Subject, prompts: list[Prompt]) -> float:
     """The largest gap of completions of these prompts, after the weights were sent as training sends them."""
     subject.trainer.step += 1
+    subject.fresh = False
     subject.awake()
     batch = batch_of(prompts, subject.generate(prompts, 4))
     return largest_gap(subject, subject.look(batch), batch)

@@ -176,10 +176,7 @@ def echo(subject: Subject) -> Check:
     short = sampler.config.replaced({"sampling.max_completion_tokens": min(8, subject.cap)})
     subject.awake()
     short_sampler = replace(sampler, engine=witness, task=Echo(None), config=short)
-    try:
-        groups = short_sampler.batch(STEP).groups
-    finally:
-        subject.awake()
+    groups = short_sampler.batch(STEP).groups
     swapped = drifted = total = 0
     for group in groups:
         for c, score in zip(group.completions, group.scores, strict=True):

@@ -30,10 +30,10 @@ def cuts(subject: Subject) -> Check:
         whole, one_rank = subject.gradient(wide), _over_ranks(subject, wide, 1)
         tokens = int((wide.prompt_len + wide.completion_len).sum())
         differ, parts = {}, {}
-        for share in (3, len(wide)):
+        for share in (len(wide),) if subject.large else (3, len(wide)):
             parts[share] = subject.gradient(wide, micro_batch_tokens=max(1, tokens // share))
             differ[f"micro-batches of {max(1, tokens // share)} tokens"] = apart(parts[share].flat, whole.flat)
-        ranks = {n: _over_ranks(subject, wide, n) for n in (2, 3)}
+        ranks = {n: _over_ranks(subject, wide, n) for n in ((2,) if subject.large else (2, 3))}
         told = {f"{n} virtual ranks": apart(vector, one_rank) for n, vector in ranks.items()}
         end, prepared = torch.tensor([len(wide) - 1]), subject.trainer.objective.prepare(wide, subject.cap)
         last = subject.gradient(wide.rows(end), prepared.rows(end))
