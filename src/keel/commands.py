@@ -48,15 +48,20 @@ def _dry_run(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
     from keel.config import load_config
 
     config = load_config(options.config or "quickstart", overrides).resolved()
+    from keel.objectives.papers import choices
     from keel.run_folder import place_of, toml_of
+    from keel.tasks.task import get_task
 
+    get_task(config.task)  # a task that cannot be is told here too
     config = config.replaced({"out": str(place_of(config))})
-    derived = config.derived()
+    derived, chosen = config.derived(), choices(config.chosen())
     if options.json:
-        print(json.dumps({"config": config.model_dump(mode="json"), "derived": derived}))
+        print(json.dumps({"config": config.model_dump(mode="json"), "derived": derived, "objective": chosen}))
         return
-    width = max(map(len, derived))
-    print(toml_of(config), *(f"# {name:<{width}} {value:>13,}" for name, value in derived.items()), sep="\n")
+    width = max(map(len, (*derived, *chosen)))
+    amounts = [f"# {name:<{width}} {value:>13,}" for name, value in derived.items()]
+    parts = [f"# {name:<{width}} {value}" for name, value in chosen.items()]
+    print(toml_of(config), "# The objective", *parts, "", "# What it amounts to", *amounts, sep="\n")
 
 
 def _steps_alone(options: argparse.Namespace, overrides: dict[str, Any]) -> int | None:
@@ -88,6 +93,8 @@ def evaluate(arguments: list[str]) -> None:
     from keel.run_folder import RunFolder
 
     folder = RunFolder.open(options.source) if os.path.isfile(os.path.join(options.source, "config.toml")) else None
+    if not folder and options.source.startswith("runs/") and not os.path.exists(options.source):
+        raise KeelError(f"There is no run {options.source!r}. Expected a run folder, or a model: a name, a folder, a hub id.")
     if folder:
         parts = run.assemble(folder.config.replaced(overrides), run.trained_policy(folder, options.step))
     else:

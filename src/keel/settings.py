@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticUndefined
 
 from keel.errors import KeelError, nearest
 
@@ -134,35 +135,35 @@ def _section(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def explain(found: ValidationError, model: type[BaseModel]) -> str:
-    """One paragraph on the first thing that is wrong, and how many more there are."""
+def explain(found: ValidationError, model: type[BaseModel], file: str = "") -> str:
+    """One paragraph on the first thing that is wrong, and how many more there are.
+
+    Args:
+        file: what settings of this kind stand in, such as "the study's file"; "" = they are a run's, and flags too.
+    """
     first, *others = found.errors(include_url=False)
     raised = first.get("ctx", {}).get("error")
     place = ".".join(str(part) for part in first["loc"])
     if isinstance(raised, KeelError):
         said = str(raised)
     elif first["type"] == "extra_forbidden":
-        said = unknown_setting(place, model)
+        said = unknown_setting(place, model, file)
     else:
         name, expected = _expected(place, model)
-        said = (
-            f"{name} is {first['input']!r}: {_lower(first['msg'])}. Expected {expected}. "
-            f"Set it on the command line by --{name} VALUE, or in a TOML file."
-        )
+        how = f"Set it in {file}." if file else f"Set it on the command line by --{name} VALUE, or in a TOML file."
+        said = f"{name} is {first['input']!r}: {_lower(first['msg'])}. Expected {expected}. {how}"
     return said if not others else f"{said} ({len(others)} more to mend after this one.)"
 
 
-def unknown_setting(place: str, model: type[BaseModel]) -> str:
+def unknown_setting(place: str, model: type[BaseModel], file: str = "") -> str:
     """The paragraph for a key that does not exist, with the nearest that does."""
     known = [name for name, *_ in settings_of(model)]
     hint = _nearest_setting(place, known)
     section = place.rpartition(".")[0]
     near = [name for name in known if name.rpartition(".")[0] == section] or known
     near += [] if section else sorted({f"{name.split('.')[0]}.*" for name in known if "." in name})
-    return (
-        f"There is no setting {place!r}. {hint}"
-        f"Expected one of: {', '.join(near)}. `keel train --help` lists every setting with its default."
-    )
+    more = "" if file else " `keel train --help` lists every setting with its default."
+    return f"There is no setting {place!r}{f' in {file}' if file else ''}. {hint}Expected one of: {', '.join(near)}.{more}"
 
 
 def _nearest_setting(place: str, known: list[str]) -> str:
@@ -176,7 +177,8 @@ def _expected(place: str, model: type[BaseModel]) -> tuple[str, str]:
     """The setting that a place lies in, and what it takes."""
     for name, annotation, default, phrase in settings_of(model):
         if place == name or place.startswith(f"{name}."):
-            return name, f"{kind(annotation)} ({phrase}; default {default!r})"
+            given = "" if default is PydanticUndefined else f"; default {default!r}"
+            return name, f"{kind(annotation)} ({phrase}{given})"
     return place, "a table of settings"
 
 

@@ -94,11 +94,11 @@ HEALTHY = [  # recipe, settings: oddities that are none among them
     ("dapo", {"seed": 2, "model": "tiny-moe", "sampling.temperature": 1.2}),
     ("dr_grpo", {"seed": 3, "task": "skills:sort"}),
     ("rloo", {"seed": 4, "task": "skills:subtract", "train.group_size": 2}),
-    ("gspo", {"seed": 5, "task": "skills:reverse", "sampling.top_p": 0.9}),
+    ("gspo", {"seed": 5, "task": "arithmetic:hard", "sampling.top_p": 0.9}),
     ("minirl", {"seed": 6, "model": "tiny-moe", "train.routing_replay": "R3"}),
     ("tis", {"seed": 7, "lora": {"rank": 4}, "train.micro_batch_tokens": 300}),
     ("reinforce_pp", {"seed": 8, "task": "skills:max", "train.max_staleness": 1}),
-    ("deepseek_v32", {"seed": 9, "task": "arithmetic:hard", "sampling.max_completion_tokens": 24}),
+    ("deepseek_v32", {"seed": 9, "task": "arithmetic:hard", "sampling.max_completion_tokens": 64}),
 ]
 
 
@@ -153,6 +153,11 @@ def test_of_two_faults_both_are_named(pair):
     assert set(diagnosis.verdicts) == {SEEDED[name].part for name in pair}
     for name in pair:
         assert any(SEEDED[name].component.lower() in found for found in components(diagnosis)), (name, components(diagnosis))
+
+
+def test_sampling_that_leaves_no_choice_is_called_too_easy_and_no_fault_of_the_framework():
+    diagnosis = examined("gspo", {"task": "skills:reverse", "seed": 5, "sampling.top_p": 0.9})
+    assert diagnosis.verdicts == ("difficulty",), [finding.says for finding in diagnosis.findings]
 
 
 @pytest.mark.slow

@@ -23,6 +23,11 @@ from keel.objectives.estimators import ESTIMATORS, KL, SILENT
 from keel.objectives.recipes import RECIPES
 from keel.objectives.registry import Recipe, recipe
 
+NO_PEERS = (
+    "None of trl, verl and openrlhf is installed, so there is nothing to compare with. Install what you use (for TRL: the extra "
+    "`peers`), and ask again."
+)
+
 
 def run(options: argparse.Namespace) -> int:
     """Do what was asked for.
@@ -152,7 +157,7 @@ def _peers(as_json: bool) -> int:
     if as_json:
         print(json.dumps({"conformance": [row.as_json() for row in rows]}, ensure_ascii=False))
     else:
-        print(*(row.text() for row in rows), sep="\n")
+        print(*(row.text() for row in rows), sep="\n") if rows else print(NO_PEERS)
     return 0
 
 

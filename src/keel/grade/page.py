@@ -116,6 +116,7 @@ def _list(lines: Iterable[str]) -> list[str]:
 
 
 def _code(text: str) -> str:
-    """A text in one line that no Markdown in it can leave."""
-    shown = text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
-    return "`" + shown.encode("unicode_escape").decode().replace("`", "'") + "`" if shown else "*empty*"
+    """A text in one line that no Markdown in it can leave; what cannot be seen is told by its number."""
+    cut = text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
+    return "`" + shown.replace("`", "'") + "`" if shown else "*empty*"

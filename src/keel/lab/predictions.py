@@ -59,7 +59,8 @@ class Prediction(Section):
         try:
             super().__init__(**data)
         except ValidationError as found:
-            raise KeelError(f"Prediction {data.get('says', '')!r}: {explain(found, Prediction)}") from None
+            told = explain(found, Prediction, "the study's file")
+            raise KeelError(f"Prediction {data.get('says', '')!r}: {told}") from None
 
     @model_validator(mode="after")
     def _can_be_judged(self) -> Prediction:
@@ -105,7 +106,8 @@ class Prediction(Section):
         both = self.arm, self.reference(names)
         for name in filter(None, both):
             if name not in names:
-                self._refuse(f"names an arm {name!r}", f"{nearest(name, names)}one of: {', '.join(map(repr, names))}")
+                near = nearest(name, names).strip()
+                self._refuse(f"names an arm {name!r}{f' ({near})' if near else ''}", f"one of: {', '.join(map(repr, names))}")
             self._check_logged(arms[name].evaluation)
         if both[0] == both[1] and self.against_at in (None, self.at):
             self._refuse(f"compares {self.arm!r} with itself", "another arm, against = 'start' or an against_value")

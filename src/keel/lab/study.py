@@ -101,7 +101,7 @@ class Study(Section):
         try:
             super().__init__(**data)
         except ValidationError as found:
-            raise KeelError(explain(found, Study)) from None
+            raise KeelError(explain(found, Study, "the study's file")) from None
 
     @field_validator("predictions", mode="before")
     @classmethod
@@ -214,7 +214,7 @@ def load_study(source: str) -> Study:
     known = shipped_studies()
     if source in known:
         return Study(**read_toml(known[source]))
-    if not source.endswith(".toml"):
+    if not Path(source).is_file():
         raise KeelError(
             f"There is no study {source!r}. {nearest(source, known)}Expected a TOML file, or one of: {', '.join(known) or 'none'}."
         )

@@ -203,7 +203,8 @@ def _with_log_probabilities(trainer: Trainer, batch: Batch) -> Batch:
     """
     settings, temperature, replay = trainer.config.train, trainer.sampling.temperature, trainer.config.train.routing_replay
     updates = _updates(batch, trainer.updates_per_batch)  # cut as they will be cut, so that equal weights give equal bits
-    cuts = [rows[part] for rows in updates for part in micro_batches(batch.rows(rows), settings.micro_batch_tokens)]
+    some = [rows for rows in updates if len(rows)]  # a batch may hold fewer prompts than updates
+    cuts = [rows[part] for rows in some for part in micro_batches(batch.rows(rows), settings.micro_batch_tokens)]
     probe = settings.probe_every > 0 and trainer.batch % settings.probe_every == 0
     several = trainer.updates_per_batch > 1
     asked = not settings.bypass_old and (probe or several or "logp_old" in trainer.objective.needs)

@@ -195,6 +195,11 @@ def census(subject: Subject) -> Check:
     if (skip := subject.blocked("census", "advantage")) is not None:
         return skip
     trainer, batch = subject.trainer, subject.batch
+    mask = trainer.objective.prepare(batch, subject.cap).mask
+    if batch.kept is not None and not ((batch.kept.sum(-1) > 1) & mask).any():
+        return Check(
+            "census", "no token was a choice", skipped="truncated sampling left one token everywhere: no weight can matter"
+        )
     left_out = [name for name, p in subject.policy.model.named_parameters() if not p.requires_grad]
     findings = []
     if left_out and subject.config.lora is None:
