@@ -15,6 +15,7 @@ MOMENT = nested({
 })  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_step_of_the_staircase_runs(tmp_path):
     study = load_study("staircase")
     study = study.model_copy(update={"base": merged(study.base, MOMENT)})

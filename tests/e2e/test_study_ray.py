@@ -37,7 +37,10 @@ os.environ |= {  # read when Ray is imported: loopback alone, a key of this proc
     "RAY_AUTH_TOKEN": uuid.uuid4().hex,
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'keel-rl[ray]'")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'keel-rl[ray]'"),
+]
 
 TINY = nested({
     "steps": 6, "train.prompts_per_step": 2, "train.group_size": 2, "evaluation.prompts": 4, "evaluation.samples": 1,

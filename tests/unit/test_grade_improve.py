@@ -139,6 +139,7 @@ def test_the_judge_grades_sums_and_asks_equal_questions_once(monkeypatch):
     assert judged(policy).name == "judged"
 
 
+@pytest.mark.slow
 def test_the_whole_loop_in_small(monkeypatch):
     small = Sizes(
         frozen=60, pool=64, block=40, most_blocks=1, round_steps=4, rounds=1, judge_steps=1, policy_steps=1, prompts=2, evaluated=4

@@ -271,6 +271,7 @@ expect = "lower"
 """
 
 
+@pytest.mark.slow
 def test_a_sweep_comes_first_on_other_seeds_and_its_best_value_is_taken(tmp_path, capsys):
     file, out = tmp_path / "swept.toml", tmp_path / "out"
     file.write_text(SWEEP)
