@@ -129,7 +129,7 @@ def test_a_factor_of_two_is_one_in_log2():
     [
         ({"expect": "equal"}, "expects equality and has no margin"),
         ({"expect": "heigher"}, "expect is 'heigher'"),
-        ({"metrik": "x"}, "Prediction 'it is': There is no setting 'metrik'. Did you mean 'metric'"),
+        ({"metrik": "x"}, "Prediction 'it is': There is no setting 'metrik' in the study's file. Did you mean 'metric'"),
         ({"against_value": 0.5}, "has both against and against_value"),
         ({"at": "equal-tokens", "against": "start"}, "equal tokens"),
         ({"at": "fall", "against": "start"}, "compares 'fall' with the start"),
