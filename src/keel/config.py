@@ -128,7 +128,7 @@ class EvaluationSettings(Section):
     prompts: int = Field(256, ge=1, description="held-out prompts, the first of the test split")
     samples: int = Field(4, ge=1, description="completions of each")
     ks: tuple[int, ...] = Field((1,), description="the k of each pass@k; at most `samples`")
-    panel: tuple[str, ...] = Field((), description="other tasks to evaluate too: what is forgotten, what generalises")
+    panel: tuple[str, ...] = Field((), description="other tasks to evaluate too; TASK@56 = under a cap of 56 tokens")
     standard_panel: bool = Field(True, description="before and after, some short completions of other skills: what became of them")
 
     @model_validator(mode="after")

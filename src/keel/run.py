@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from keel.progress import Display, display
 from keel.rollout.engine import Engine, Seed
 from keel.run_folder import RunFolder
 from keel.summary import closing_table, panel_name, summarise
-from keel.tasks.task import Task, get_task
+from keel.tasks.task import Task, capped, get_task
 from keel.training import checkpoint
 from keel.training.loop import StepRecord, Trainer, iterate
 from keel.writers import JsonlWriter, Writer, check_writers, open_writers
@@ -146,7 +146,7 @@ def assemble(
     check_writers(config.writers)
     find = find_task or get_task
     task, recipe = find(config.task), config.chosen()
-    panel = {panel_name(spec): find(spec) for spec in config.evaluation.panel}
+    panel = {panel_name(spec): find(capped(spec)[0]) for spec in config.evaluation.panel}
     policy = policy or _loaded(config)
     config.check_fits(policy.context, _longest_prompt(policy, (task, *panel.values())))
     return Parts(config, policy, make_engine(policy) if make_engine else engine_of(config.engine, policy), task, recipe, panel)
@@ -179,9 +179,9 @@ def held_out(parts: Parts, standard: bool = False) -> dict[str, float]:
     """
     start, exact = time.perf_counter(), getattr(parts.engine, "exact", True)
     engine = parts.engine if exact else _exact_engine(parts.policy)
-    told = {}
+    told, caps = {}, {panel_name(spec): capped(spec)[1] for spec in parts.config.evaluation.panel}
     for name, task in (("", parts.task), *parts.panel.items()):
-        numbers = _evaluated(parts, engine, task)
+        numbers = _evaluated(parts, engine, task, caps.get(name))
         told |= {f"eval/{name}/{key}" if name else f"eval/{key}": value for key, value in numbers.items()}
     if standard and parts.config.evaluation.standard_panel:
         for name, numbers in _standard_panel(parts, engine).items():
@@ -205,13 +205,14 @@ def _exact_engine(policy: Policy) -> Engine:
     return LocalEngine(policy)
 
 
-def _evaluated(parts: Parts, engine: Engine, task: Task) -> dict[str, float]:
+def _evaluated(parts: Parts, engine: Engine, task: Task, cap: int | None = None) -> dict[str, float]:
     from keel.evaluate import evaluate
 
     settings, policy = parts.config.evaluation, parts.policy
     prompts = [policy.template.render(prompt, policy.tokenizer) for prompt in task.test[: settings.prompts]]
     seed = Seed(parts.config.seed, EVALUATION)
     ks, sampling = tuple(sorted({1, *settings.ks})), parts.config.sampling.distribution()
+    sampling = replace(sampling, max_completion_tokens=cap or sampling.max_completion_tokens)
     return _named(evaluate(engine, prompts, task, sampling, settings.samples, seed, ks))
 
 

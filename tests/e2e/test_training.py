@@ -13,7 +13,8 @@ from keel.models.lora import LoraConfig
 from keel.rollout.engine import Seed
 from keel.rollout.local import LocalEngine
 from keel.rollout.scripted import Fault, ScriptedEngine
-from keel.tasks.task import get_task
+from keel.run import assemble, held_out
+from keel.tasks.task import capped, get_task
 from keel.training.loop import Trainer, iterate
 
 SMALL = {
@@ -171,3 +172,15 @@ def test_the_engine_answers_each_prompt_itself():
         assert completion.text == asked[place // 3].text[2:8]
         assert completion.prompt_id == asked[place // 3].id
     assert dataclasses.is_dataclass(completions[0])
+
+
+def test_a_panel_task_may_have_a_cap_of_its_own():
+    assert capped("arithmetic:medium@56") == ("arithmetic:medium", 56) and capped("jsonl:me@home.jsonl") == (
+        "jsonl:me@home.jsonl",
+        None,
+    )
+    panel = ["arithmetic:medium@3", "arithmetic:medium@48"]
+    few = {"evaluation.prompts": 8, "evaluation.samples": 1, "evaluation.panel": panel, "sampling.max_completion_tokens": 48}
+    told = held_out(assemble(load_config("solid", SMALL | few).resolved()))
+    assert told["eval/arithmetic:medium-3/truncated_frac"] == 1.0 and told["eval/arithmetic:medium-3/pass@1"] == 0.0
+    assert told["eval/arithmetic:medium-48/pass@1"] == told["eval/pass@1"] > 0.0

@@ -21,9 +21,10 @@ from keel.lab.differences import check_difference, check_folder, check_origins
 from keel.lab.job import Job, run_one
 from keel.lab.measures import Point, collapsed_at
 from keel.lab.results import Outcome, outcome, table
-from keel.lab.runner import build_data, folder_name, jobs_of, run_jobs, write_plan
+from keel.lab.runner import build, folder_name, jobs_of, run_jobs, write_plan
 from keel.lab.study import Collapse, Study, load_study, shipped_studies
 from keel.lab.sweep import chosen, jobs_of_sweep, swept_arms
+from keel.lab.tested import covered
 from keel.run_folder import toml_of
 from keel.settings import nested
 
@@ -375,12 +376,28 @@ def test_a_study_builds_its_own_data_once(tmp_path, capsys):
     )  # fmt: skip
     place = tmp_path / "out"
     place.mkdir()
-    build_data(study, place)
+    build(study, place, print)
     before = (place / "data.jsonl").stat().st_mtime_ns
-    build_data(study, place)
+    build(study, place, print)
     assert (place / "data.jsonl").stat().st_mtime_ns == before and capsys.readouterr().out == ""
     plain, selected = jobs_of(study, study.resolved_arms(), place, 1)
     assert plain.config["task"].startswith(f"jsonl:{place}/data.unselected.jsonl?test={place}/data.test.jsonl")
     assert run_one(selected.config) == "" and (selected.out / "summary.json").exists()
     with pytest.raises(KeelError, match="as `keel data build` has"):
-        build_data(Study(**study.model_dump() | {"build": {"sizes": 3}}), tmp_path)
+        build(Study(**study.model_dump() | {"build": {"sizes": 3}}), tmp_path, print)
+
+
+def test_a_study_pretrains_its_own_models_once(tmp_path):
+    study = Study(
+        name="s", question="?", models={".1M": {"size": ".1M", "base": {"steps": 2, "rows": 6}}},
+        base=TINY, arms={"bundled": {}, "own": {"model": "{models}/.1M"}},
+    )  # fmt: skip
+    told = []
+    build(study, tmp_path, told.append)
+    build(study, tmp_path, told.append)
+    assert told == ["pretraining the model '.1M', once"]
+    job = jobs_of(study, study.resolved_arms(), tmp_path, 1)[1]
+    assert job.config["model"] == f"{tmp_path}/models/.1M" and run_one(job.config) == ""
+    assert covered([job]).model == ("{models}/.1M",) and covered([job]).parameters[0] < 150_000
+    with pytest.raises(KeelError, match="models.x of study 's'.*Expected size, kind and seed"):
+        build(study.model_copy(update={"models": {"x": {"sise": ".1M"}}}), tmp_path, print)

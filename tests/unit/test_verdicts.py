@@ -7,8 +7,10 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import spearmanr
 
 from keel.errors import KeelError
+from keel.lab.compute import fitted, misses, sigmoid
 from keel.lab.measures import Point, mean_over_tokens, series, value_at
 from keel.lab.predictions import Prediction
 from keel.lab.results import Outcome, Results, compact, pairs_of, results, table, unlike_tokens
@@ -162,6 +164,72 @@ def test_predictions_must_fit_their_study(changes, said):
 def test_a_panel_task_may_be_named_as_the_study_names_it():
     told = expected(metric="eval/arithmetic:medium?skip_test=512&test_size=1024/pass@1", at="best-on-validation")
     assert told.logged == "eval/arithmetic:medium-skip_test-512-test_size-1024/pass@1"
+
+
+RANKED = {"arm": "* · big", "against": "* · small", "scale": "ranks"}
+WAYS = ("x", "y", "z", "w")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"arm": "x · big"}, "one \\* in both arms"),
+        ({"against": ""}, "one \\* in both arms"),
+        ({"scale": "difference"}, "one \\* in both arms"),
+    ],
+)
+def test_ranks_take_two_families(changes, said):
+    with pytest.raises(KeelError, match=said):
+        expected(**(RANKED | changes))
+
+
+@pytest.mark.parametrize(("arm", "against"), [("* · big", "* · huge"), ("* · big", "* · big")])
+def test_families_must_be_there_and_differ(arm, against):
+    axes = {"way": {way: {"train.warmup_steps": n} for n, way in enumerate(WAYS)}, "size": {"big": {}, "small": {"train.lr": 1e-5}}}
+    told = {"says": "they rank alike", "expect": "higher"} | RANKED
+    assert len(Study(name="s", question="?", axes=axes, predictions=[told]).resolved_arms()) == 8
+    with pytest.raises(KeelError, match="ranks these pairs of arms"):
+        Study(name="s", question="?", axes=axes, predictions=[told | {"arm": arm, "against": against}]).resolved_arms()
+
+
+def ranked(big, small):
+    """Runs whose last pass@1 is given for each way, seed by seed."""
+    runs = [(f"{way} · {size}", seed, value) for size, table in (("big", big), ("small", small))
+            for seed, row in enumerate(table) for way, value in zip(WAYS, row, strict=True)]  # fmt: skip
+    return [Outcome(arm, seed, {"eval/pass@1": (Point(9, 1.0, float(value)),)}) for arm, seed, value in runs]
+
+
+def test_ranks_are_compared_seed_by_seed():
+    told = pairs_of(expected(**RANKED), ranked([[1, 2, 3, 4], [1, 2, 3, 4]], [[0.1, 0.2, 0.3, 0.4], [4, 3, 2, 1]]))
+    assert told.seeds == (0, 1) and told.arm == pytest.approx((1.0, -1.0)) and told.reference == (0.0, 0.0)
+    ties = pairs_of(expected(**RANKED), ranked([[1, 2, 2, 3]], [[1, 2, 3, 4]]))
+    assert ties.arm[0] == pytest.approx(spearmanr([1, 2, 2, 3], [1, 2, 3, 4]).statistic)
+
+
+def test_a_ranking_with_a_missing_run_is_no_pair():
+    runs = ranked([[1, 2, 3, 4]], [[1, 2, 3, 4]])
+    runs[2] = Outcome("z · big", 0, {}, failure="boom")
+    told = pairs_of(expected(**RANKED), runs)
+    assert math.isnan(told.arm[0]) and told.missing == ("z · big, seed 0 failed: boom",)
+    assert "rank correlation" in judge([pairs_of(expected(**RANKED), ranked([[1, 2, 3, 4]] * 3, [[1, 2, 3, 4]] * 3))])[0].words
+
+
+# ── compute ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_sigmoid_is_found_again():
+    compute = np.linspace(0, 100, 21)
+    reward = sigmoid(compute, 0.3, 0.9, 30.0, 1.7)
+    assert reward[0] == 0.3 and sigmoid(np.array([30.0]), 0.3, 0.9, 30.0, 1.7)[0] == pytest.approx(0.6)
+    assert fitted(compute[:11], reward[:11]) == pytest.approx((0.3, 0.9, 30.0, 1.7), rel=1e-3)
+    missed, standing = misses(compute, reward)
+    assert missed < 1e-4 and standing == pytest.approx(np.abs(reward[11:] - reward[10]).mean())
+
+
+def test_a_sigmoid_needs_points():
+    assert all(map(math.isnan, misses(np.arange(8.0), np.linspace(0, 1, 8))))
+    curve = tuple(Point(step, float(step), value) for step, value in enumerate(sigmoid(np.arange(21.0), 0.1, 0.8, 5.0, 2.0)))
+    assert value_at(curve, "eval/pass@1", "sigmoid-miss") < 1e-3 < value_at(curve, "eval/pass@1", "standing-miss")
 
 
 # ── places ────────────────────────────────────────────────────────────────────────────────────────────────────────────

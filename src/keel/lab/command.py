@@ -13,7 +13,7 @@ from keel.files import write_atomically
 from keel.lab.differences import check_folder
 from keel.lab.kept import check_keep, keep_results
 from keel.lab.results import Results, compact, results
-from keel.lab.runner import Job, build_data, jobs_of, run_jobs, write_plan
+from keel.lab.runner import Job, build, jobs_of, run_jobs, write_plan
 from keel.lab.study import Arm, Study, load_study, shipped_studies
 from keel.lab.sweep import chosen, jobs_of_sweep, swept_arms
 
@@ -84,7 +84,7 @@ def run_study(
     trials = jobs_of_sweep(study, arms, place)
     registered = write_plan(study, arms, jobs_of(study, arms, place, seeds), place)
     if workers != 0:
-        build_data(study, place)
+        build(study, place, _say)
     _run(trials, workers, ray)
     swept = chosen(study, arms, trials)
     arms = swept_arms(arms, swept)
@@ -97,7 +97,11 @@ def _run(jobs: Sequence[Job], workers: int | None, ray: str) -> None:
     for job in jobs:
         check_folder(job.out, job.config)
     if jobs and workers != 0:
-        run_jobs(jobs, workers, lambda text: print(text, file=sys.stderr, flush=True), ray)
+        run_jobs(jobs, workers, _say, ray)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def in_words(found: Results) -> str:

@@ -15,7 +15,7 @@ from keel.lab.kept import Kept, KeptPrediction, read_kept
 from keel.lab.results import compact
 from keel.lab.study import Study, load_study, shipped_studies
 from keel.lab.tested import Tested, plan_of, planned
-from keel.lab.verdicts import HINT_AGAINST, HINT_FOR, OPEN, REFUTED, SUPPORTED, number
+from keel.lab.verdicts import HINT_AGAINST, HINT_FOR, OPEN, REFUTED, SUPPORTED, UNITS, number
 
 QUESTIONS = ("clip-once", "forgetting", "kl-synchronous", "stop-before", "kl-coefficient")  # open in the field; a study each
 CERTIFIED = {  # whose certificates speak to a study's question
@@ -30,11 +30,14 @@ CERTIFIED = {  # whose certificates speak to a study's question
     "kl-coefficient": ("k1_in_reward",),
     "kl-grid": ("k1_in_reward", "k2_in_reward", "k3_in_reward", "k1_in_loss", "k2_in_loss", "k3_in_loss"),
     "kl-synchronous": ("k1_in_reward", "k3_in_loss"),
+    "minirl": ("minirl", "truncate_token", "experts"),
     "normalisation": ("group_mean", "group_std", "raw_batch_std", "centred_batch_std"),
+    "overlong": ("overlong_filter", "soft_overlong"),
     "pass-at-k": ("pass@k", "group_std"),
     "routing": ("experts",),
     "staircase": ("reinforce", "clip", "truncate_token"),
     "stop-before": ("reinforce", "truncate_token"),
+    "transfer": ("group_std", "centred_batch_std", "sequence_mean"),
 }
 ORDER = (SUPPORTED, REFUTED, HINT_FOR, HINT_AGAINST, OPEN)
 HINT = {HINT_FOR: "points to it (a hint)", HINT_AGAINST: "points against it (a hint)"}
@@ -173,7 +176,7 @@ def _short(told: KeptPrediction) -> str:
         return f"{says} (no pair)"
     level = "90" if told.expect == "equal" and told.verdict not in (REFUTED, HINT_AGAINST) else "95"
     low, high = (told.low90, told.high90) if level == "90" else (told.low, told.high)
-    unit = " in log2" if told.scale == "log2" else ""
+    unit = UNITS[told.scale]
     if low is None or high is None:
         return f"{says} ({number(told.mean, '+')}{unit})"
     return f"{says} ({number(told.mean, '+')}{unit}; {level} %: {number(low, '+')} to {number(high, '+')})"
@@ -278,8 +281,9 @@ def _size(t: Tested, arms: int, seeds: int) -> str:
 
 def _before(plan: Mapping[str, Any]) -> str:
     """What a study makes before it compares: its own data, and each arm's choice among values of a setting."""
-    build, sweep = (plan.get(name) or {} for name in ("build", "sweep"))
+    build, models, sweep = (plan.get(name) or {} for name in ("build", "models", "sweep"))
     told = [f"data built with {_settings(build)}"] if build else []
+    told += [f"`{{models}}/{name}` pretrained with {_settings(made)}" for name, made in models.items()]
     told += [f"each arm with the best of {_settings(sweep)} on other seeds"] if sweep else []
     return "".join(f"; {each}" for each in told)
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from keel.lab.compute import misses
 from keel.lab.predictions import At
 from keel.lab.study import Collapse
 
@@ -66,6 +67,9 @@ def value_at(points: Series, name: str, at: At, validation: Series = (), tokens:
             return float(np.interp(tokens, [point.tokens for point in points], values))
         case "best-on-validation":
             return _chosen(points, validation)
+        case "sigmoid-miss" | "standing-miss":
+            tokens_so_far = np.array([point.tokens for point in points])
+            return misses(tokens_so_far, values)[at == "standing-miss"]
 
 
 def _end(values: np.ndarray, name: str) -> np.floating:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 FAILED = "failed.txt"
+BUILT = ("{data}", "{models}")  # in a study's file: what it builds, by the name that this has in its folder
 
 
 def folder_name(arm: str) -> str:

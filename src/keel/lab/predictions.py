@@ -9,12 +9,15 @@
     expect = "higher"                # or lower, or equal
     margin = 0.02                    # smallest difference that matters
 
-How each is judged stands in `verdicts.py`.
+How each is judged stands in `verdicts.py`. With scale = "ranks" two families of arms are compared, one to one, by how they rank:
+
+    arm = "* · 1M"                   # every arm of this ending …
+    against = "* · .1M"              # … with its counterpart here: does the ranking of these predict the ranking of those?
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
@@ -26,12 +29,15 @@ from keel.settings import explain
 from keel.summary import panel_name
 
 START = "start"
+STAR = "*"
+FEWEST_RANKED = 3
 VALIDATION = "eval/pass@1"  # the best checkpoint is chosen on it
-At = Literal["end", "mean", "best", "area", "change", "fall", "equal-tokens", "best-on-validation"]
+At = Literal["end", "mean", "best", "area", "change", "fall", "equal-tokens", "best-on-validation", "sigmoid-miss", "standing-miss"]
 AT = (
     "end = the last evaluation, or the mean over the last tenth of what is logged at every step; mean = over all that is logged; "
     "best = highest; area = mean over generated tokens; change = end − start; fall = best − end; equal-tokens = where the one of "
-    "the two that generated less ended; best-on-validation = at the evaluation of highest eval/pass@1"
+    "the two that generated less ended; best-on-validation = at the evaluation of highest eval/pass@1; sigmoid-miss = how far a "
+    "sigmoid fitted on the first half of the tokens misses the second, on average; standing-miss = the same of the value between"
 )
 
 
@@ -51,8 +57,10 @@ class Prediction(Section):
     against_at: At | None = Field(None, description="the same of what it is compared with; none = as `at`")
     expect: Literal["higher", "lower", "equal"] = Field(description="than, or as, what it is compared with")
     margin: float = Field(0.0, ge=0, description="the smallest difference that matters")
-    scale: Literal["difference", "log2"] = Field(
-        "difference", description="log2 = differences of logarithms to base 2: -1 is a half, and a margin of 1 a factor of two"
+    scale: Literal["difference", "log2", "ranks"] = Field(
+        "difference",
+        description="log2 = differences of logarithms to base 2: -1 is a half, and a margin of 1 a factor of two; ranks = "
+        "Spearman's correlation between two families of arms under one seed, which noise of single runs brings nearer to 0",
     )
 
     def __init__(self, **data: Any):
@@ -73,6 +81,8 @@ class Prediction(Section):
             self._refuse("compares at equal tokens with something that is no run", "another arm, at the same place")
         if self.against == START and (self.at == "fall" or self.against_at):
             self._refuse(f"compares {self.at!r} with the start", "end, change, best, mean or area, and no against_at")
+        if (self.scale == "ranks") != (self.arm.count(STAR) == self.against.count(STAR) == 1):
+            self._refuse(f"has arm {self.arm!r}, against {self.against!r} and scale {self.scale!r}", "one * in both arms for ranks")
         if "best-on-validation" in (self.at, self.against_at) and self.metric == VALIDATION:
             self._refuse(
                 f"looks at {VALIDATION} where {VALIDATION} is best, which is luck in part",
@@ -96,6 +106,13 @@ class Prediction(Section):
             return ""
         return self.against or arms[0]
 
+    def families(self, arms: Iterable[str]) -> list[tuple[str, str]]:
+        """The arms that are ranked, each with its counterpart."""
+        (begin, end), names = self.arm.split(STAR), list(arms)
+        found = [name for name in names if name.startswith(begin) and name.endswith(end) and len(name) > len(begin) + len(end)]
+        other = [self.against.replace(STAR, name[len(begin) : len(name) - len(end)]) for name in found]
+        return [(mine, theirs) for mine, theirs in zip(found, other, strict=True) if theirs in names]
+
     def check(self, arms: Mapping[str, RunConfig]) -> None:
         """See that it speaks of arms that there are, and of what they will log.
 
@@ -103,6 +120,9 @@ class Prediction(Section):
             KeelError: of another arm, of an arm against itself, or of a metric that it will not log.
         """
         names = list(arms)
+        if self.scale == "ranks":
+            self._check_families(arms)
+            return
         both = self.arm, self.reference(names)
         for name in filter(None, both):
             if name not in names:
@@ -111,6 +131,14 @@ class Prediction(Section):
             self._check_logged(arms[name].evaluation)
         if both[0] == both[1] and self.against_at in (None, self.at):
             self._refuse(f"compares {self.arm!r} with itself", "another arm, against = 'start' or an against_value")
+
+    def _check_families(self, arms: Mapping[str, RunConfig]) -> None:
+        found = self.families(arms)
+        if len(found) < FEWEST_RANKED or self.arm == self.against:
+            told = ", ".join(f"{mine!r} and {theirs!r}" for mine, theirs in found) or "none"
+            self._refuse(f"ranks these pairs of arms: {told}", f"at least {FEWEST_RANKED}, of two families")
+        for name in {each for pair in found for each in pair}:
+            self._check_logged(arms[name].evaluation)
 
     def _check_logged(self, evaluation: EvaluationSettings) -> None:
         metric(self.logged)

@@ -16,7 +16,7 @@ from keel.lab.differences import check_origins
 from keel.lab.measures import Series, collapsed_at, series, value_at
 from keel.lab.predictions import VALIDATION, At, Prediction
 from keel.lab.runner import Job
-from keel.lab.statistics import bootstrap_interval, iqm, survival
+from keel.lab.statistics import bootstrap_interval, iqm, rank_correlation, survival
 from keel.lab.study import Collapse, Study
 from keel.lab.tested import Tested, covered, plan_of
 from keel.lab.verdicts import Pairs, Verdict, headline, judge
@@ -174,6 +174,8 @@ def _last_line(text: str) -> str:
 def pairs_of(prediction: Prediction, outcomes: Sequence[Outcome], reservations: Sequence[str] = ()) -> Pairs:
     """What a prediction compares, seed by seed, with a reason for each pair that is not whole."""
     of = _by_arm(outcomes)
+    if prediction.scale == "ranks":
+        return _ranked(prediction, of, reservations)
     reference = prediction.reference(list(of))
     seeds = sorted(of[prediction.arm])
     found = [_pair(prediction, of[prediction.arm][seed], of[reference].get(seed) if reference else None) for seed in seeds]
@@ -185,6 +187,23 @@ def pairs_of(prediction: Prediction, outcomes: Sequence[Outcome], reservations: 
         if not math.isfinite(run.at(prediction.logged, "end"))
     ]
     return Pairs(prediction, tuple(seeds), *(tuple(side) for side in zip(*found, strict=True)), tuple(absent), tuple(reservations))
+
+
+def _ranked(told: Prediction, of: Mapping[str, Mapping[int, Outcome]], reservations: Sequence[str]) -> Pairs:
+    """Seed by seed, how alike two families of arms rank, against 0: no relation."""
+    families = list(zip(*told.families(of), strict=True))
+    seeds = sorted(of[families[0][0]])
+    rows = {seed: [[of[arm][seed] for arm in family] for family in families] for seed in seeds}
+    values = {seed: np.array([[run.at(told.logged, told.at) for run in family] for family in row]) for seed, row in rows.items()}
+    absent = [
+        _why(told, run)
+        for seed in seeds
+        for family, numbers in zip(rows[seed], values[seed], strict=True)
+        for run, number in zip(family, numbers, strict=True)
+        if not math.isfinite(number)
+    ]
+    found = tuple(rank_correlation(*values[seed]) for seed in seeds)
+    return Pairs(told, tuple(seeds), found, (0.0,) * len(seeds), tuple(absent), tuple(reservations))
 
 
 def _members(of: Mapping[str, Mapping[int, Outcome]], arm: str, reference: str, seed: int) -> list[Outcome]:

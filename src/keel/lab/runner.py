@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import sys
 import time
 from collections import Counter
@@ -13,17 +14,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from keel.config import RunConfig
 from keel.errors import KeelError
 from keel.files import json_of, write_atomically
 from keel.lab.job import End, Job, Runs
 from keel.lab.local import in_processes
-from keel.lab.places import FAILED, folder_name
+from keel.lab.places import BUILT, FAILED, folder_name
 from keel.lab.predictions import Prediction
 from keel.lab.study import Arm, Study
 
-DATA = "data"  # what a study builds, in its folder: data.jsonl and its neighbours
 LOCAL_WORKERS = 2
 MOST_LOST = 2  # times that a run's process may be lost; the last one counts as a failure
 SHARED_S = 60.0  # for what one machine wrote to be seen on another: network file systems keep what they know for a while
@@ -32,7 +33,7 @@ SHARED_S = 60.0  # for what one machine wrote to be seen on another: network fil
 def jobs_of(study: Study, arms: Sequence[Arm], out: Path, seeds: int, threads: int = 1) -> list[Job]:
     """Every run, seed by seed, so that a study that is stopped early has all arms of its first seeds."""
     places = [out / folder_name(arm.name) for arm in arms]
-    arms = [replace(arm, config=_with_data(arm.config, out)) for arm in arms] if study.build else arms
+    arms = [replace(arm, config=_with_built(arm.config, out)) for arm in arms]
     return [
         Job(arm.name, seed, place / str(seed), arm.seeded(seed, place / str(seed), threads).model_dump(mode="json"))
         for seed in range(study.first_seed, study.first_seed + seeds)
@@ -40,17 +41,45 @@ def jobs_of(study: Study, arms: Sequence[Arm], out: Path, seeds: int, threads: i
     ]
 
 
-def _with_data(config: RunConfig, out: Path) -> RunConfig:
-    return config.replaced({"task": config.task.replace("{data}", str(out / DATA))})
+def _with_built(config: RunConfig, out: Path) -> RunConfig:
+    """The same with the places of what the study builds."""
+    named = {"task": config.task, "model": config.model}
+    placed = {name: value.replace(mark, str(out / mark[1:-1])) for mark in BUILT for name, value in named.items() if mark in value}
+    return config.replaced(placed) if placed else config
 
 
-def build_data(study: Study, out: Path) -> None:
-    """Build the study's own data into its folder, unless they are there."""
+def build(study: Study, out: Path, say: Callable[[str], None]) -> None:
+    """Make the study's own data and models in its folder, unless they are there."""
+    _build_data(study, out / "data.jsonl")
+    for name, settings in study.models.items():
+        _build_model(study, name, settings, out / "models" / name, say)
+
+
+def _build_model(study: Study, name: str, settings: dict[str, Any], place: Path, say: Callable[[str], None]) -> None:
+    from keel.models.pretrain import Schedule, pretrain
+
+    if place.exists():
+        return
+    say(f"pretraining the model {name!r}, once")
+    draft = place.with_name(f".draft-{place.name}")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        schedules = {phase: Schedule(**settings[phase]) for phase in ("base", "align") if phase in settings}
+        pretrain(**settings | schedules, out=draft)
+    except TypeError as fault:
+        raise KeelError(
+            f"models.{name} of study {study.name!r}: {fault}. Expected size, kind and seed as `keel pretrain` has them, and "
+            "schedules as tables: base.steps = 2000."
+        ) from None
+    draft.rename(place)
+
+
+def _build_data(study: Study, place: Path) -> None:
     from keel.data.command import run_build
 
-    if not study.build or (out / f"{DATA}.jsonl").exists():
+    if not study.build or place.exists():
         return
-    settings = {"out": str(out / f"{DATA}.jsonl")} | study.build
+    settings = {"out": str(place)} | study.build
     try:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for what the study came to
             run_build(settings.pop("tasks", ()), **settings)

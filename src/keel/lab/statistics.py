@@ -98,6 +98,18 @@ def probability_of_improvement(a: Float[np.ndarray, " A"], b: Float[np.ndarray, 
 # ── tests ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def rank_correlation(a: Float[np.ndarray, " K"], b: Float[np.ndarray, " K"]) -> float:
+    """Spearman's ρ of K things measured twice; ties share their rank. NaN where a value is missing or all of one side are equal.
+
+    Source: C. Spearman, Am. J. Psychol. 15 (1904). Differs from it: in nothing.
+    """
+    from scipy.stats import rankdata
+
+    if not (np.isfinite(a).all() and np.isfinite(b).all()) or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return math.nan
+    return float(np.corrcoef(rankdata(a), rankdata(b))[0, 1])
+
+
 def t_above(values: Float[np.ndarray, "*rows S"], bound: float = 0.0) -> np.ndarray:
     """One-sided p of the paired t test: small where the mean lies above `bound`.
 

@@ -91,6 +91,10 @@ class Study(Section):
         description="settings of `keel data build`, run once before the arms; tasks of theirs find it as jsonl:{data}.jsonl, its "
         "control as {data}.unselected.jsonl and its held-out rows as {data}.test.jsonl",
     )
+    models: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="settings of `keel pretrain` by name, each run once before the arms, which find it as {models}/NAME",
+    )
     base: dict[str, Any] = Field(default_factory=dict, description="settings of all arms")
     quick: dict[str, Any] = Field(default_factory=dict, description="settings of a quick look, on top of the base")
     quick_seeds: int = Field(2, ge=1, description="runs of each arm in a quick look")

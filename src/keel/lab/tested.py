@@ -11,12 +11,14 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from keel.lab.differences import TOLD, manifest_of
-from keel.lab.runner import DATA, Job
+from keel.lab.job import Job
+from keel.lab.places import BUILT
 from keel.lab.study import Study
 from keel.settings import dotted, merged
 
 SETTINGS = {
     "model": "model",
+    "task": "task",
     "recipe": "recipe",
     "steps": "steps",
     "prompts_per_step": "train.prompts_per_step",
@@ -64,9 +66,11 @@ def covered(jobs: Sequence[Job]) -> Tested:
     manifests = [manifest_of(job.out) for job in jobs]
     begun = [each for each in manifests if each]
     return Tested(
-        **{name: _distinct(each[setting] for each in settings) for name, setting in SETTINGS.items()},
+        **{
+            name: _distinct(_as_written(each[setting], job) for job, each in zip(jobs, settings, strict=True))
+            for name, setting in SETTINGS.items()
+        },
         parameters=_distinct(each["model"]["parameters"] for each in begun if "parameters" in each.get("model", {})),
-        task=_distinct(_task(job) for job in jobs),
         items=_distinct(_items(each, found) for each, found in zip(settings, manifests, strict=True)),
         panel=_distinct(task for each in settings for task in each["evaluation.panel"]),
         revisions=dict(Counter(_revision(each) for each in begun).most_common()),
@@ -89,6 +93,7 @@ def plan_of(study: Study, quick: bool) -> dict[str, Any]:
         "arms": study.overlays(),
         "sweep": {name: list(values) for name, values in study.sweep.items()},
         "build": study.build,
+        "models": study.models,
     }
 
 
@@ -96,9 +101,12 @@ def _distinct(values: Iterable[Any]) -> tuple[Any, ...]:
     return tuple(dict.fromkeys(values))
 
 
-def _task(job: Job) -> str:
-    """Its task, as the study's file has it: where the study's own data lie is not told."""
-    return job.config["task"].replace(str(job.out.parents[1] / DATA), "{data}") if len(job.out.parents) > 1 else job.config["task"]
+def _as_written(value: Any, job: Job) -> Any:
+    """A setting as the study's file has it: where what the study builds lies is not told."""
+    if isinstance(value, str) and len(job.out.parents) > 1:
+        for mark in BUILT:
+            value = value.replace(str(job.out.parents[1] / mark[1:-1]), mark)
+    return value
 
 
 def _items(settings: dict[str, Any], manifest: dict[str, Any]) -> int:

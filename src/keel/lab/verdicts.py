@@ -41,6 +41,7 @@ from keel.lab.statistics import (
 
 SUPPORTED, REFUTED, OPEN = "supported", "refuted", "too small to tell"
 HINT_FOR, HINT_AGAINST = "points to it", "points against it"
+UNITS = {"difference": "", "log2": " in log2", "ranks": ", rank correlation"}
 HINTS = {SUPPORTED: HINT_FOR, REFUTED: HINT_AGAINST, OPEN: OPEN}
 
 
@@ -261,7 +262,7 @@ def _words(pairs: Pairs, verdict: str, kind: str, numbers: dict, hint: tuple[str
     told, n = pairs.prediction, numbers["pairs"]
     if n == 0:
         return f"There is no pair to judge by: {_some(pairs.missing) or 'no run has ended'}."
-    unit = " in log2" if told.scale == "log2" else ""
+    unit = UNITS[told.scale]
     said = [f"{told.metric} ({told.at}){unit}: {number(numbers['mean'], '+')}"]
     if n > 1:
         level, kind90 = ("90", "90") if told.expect == "equal" and verdict != REFUTED else ("95", "")

@@ -137,6 +137,12 @@ def known_tasks() -> list[str]:
     return sorted({*_HOMES, *_REGISTERED})
 
 
+def capped(spec: str) -> tuple[str, int | None]:
+    """A task's spec without the cap that may stand behind it, and that cap in tokens: "arithmetic:medium@56"."""
+    task, _, cap = spec.rpartition("@")
+    return (task, int(cap)) if task and cap.isdecimal() and int(cap) > 0 else (spec, None)
+
+
 def get_task(spec: str, **options: Any) -> Task:
     """A task by its spec, checked.
 
