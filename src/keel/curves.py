@@ -16,6 +16,10 @@ from keel.files import write_atomically, written
 
 INK, FAINT, GRID = "#22303c", "#8795a1", "#e4e9ee"
 BLUE, GREEN, AMBER, RED, VIOLET, TEAL = "#2f6fde", "#1b9e77", "#d98b0f", "#c8443c", "#7b5bd6", "#138a9e"
+STYLE = {
+    "font.family": "DejaVu Sans", "font.size": 9, "axes.edgecolor": GRID, "text.color": INK,
+    "axes.labelcolor": FAINT, "grid.color": GRID, "grid.linewidth": 0.8, "xtick.color": FAINT, "ytick.color": FAINT,
+}  # fmt: skip
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -28,8 +32,7 @@ def draw(rows: Rows, path: Path, title: str) -> None:
         path: a PNG; replaced at once.
         title: one line above everything.
     """
-    style = {"font.family": "DejaVu Sans", "font.size": 9, "axes.edgecolor": GRID, "text.color": INK}
-    with rc_context(style | {"axes.labelcolor": FAINT, "xtick.color": FAINT, "ytick.color": FAINT}):
+    with rc_context(STYLE):
         figure = Figure(figsize=(11, 6), dpi=150, facecolor="white", layout="constrained")
         FigureCanvasAgg(figure)
         figure.suptitle(title, x=0.012, ha="left", fontsize=12, fontweight="bold")
@@ -56,12 +59,12 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
 
 
 def _reward(axes: Axes, rows: Rows) -> None:
-    _frame(axes, "training reward", "mean over the batch; line = moving mean")
+    frame(axes, "training reward", "mean over the batch; line = moving mean")
     _line(axes, *series(rows, "reward/mean"), BLUE, smoothed=True)
 
 
 def _pass_at_1(axes: Axes, rows: Rows) -> None:
-    _frame(axes, "held-out pass@1", "with 95 % interval")
+    frame(axes, "held-out pass@1", "with 95 % interval")
     steps, values = series(rows, "eval/pass@1")
     low, high = series(rows, "eval/pass@1_low")[1], series(rows, "eval/pass@1_high")[1]
     if len(low) == len(high) == len(steps):
@@ -76,7 +79,7 @@ def _pass_at_1(axes: Axes, rows: Rows) -> None:
 
 
 def _length(axes: Axes, rows: Rows) -> None:
-    _frame(axes, "completion length", "tokens, mean; dashed = share cut off")
+    frame(axes, "completion length", "tokens, mean; dashed = share cut off")
     _line(axes, *series(rows, "length/mean"), AMBER, smoothed=True)
     axes.set_ylim(bottom=0)
     steps, values = series(rows, "length/truncated_frac")
@@ -89,13 +92,13 @@ def _length(axes: Axes, rows: Rows) -> None:
 
 
 def _entropy(axes: Axes, rows: Rows) -> None:
-    _frame(axes, "entropy of the policy", "nats a token")
+    frame(axes, "entropy of the policy", "nats a token")
     _line(axes, *series(rows, "policy/entropy_nats"), VIOLET, smoothed=True)
     axes.set_ylim(bottom=0)
 
 
 def _gap(axes: Axes, rows: Rows) -> None:
-    _frame(axes, "engine gap", "max |logp − logp_rollout| in nats, log scale; dashed = 1e-4")
+    frame(axes, "engine gap", "max |logp − logp_rollout| in nats, log scale; dashed = 1e-4")
     steps, values = series(rows, "gap/max_abs_nats")
     axes.set_yscale("log")
     axes.axhline(1e-4, color=FAINT, linewidth=1, linestyle="--")
@@ -103,7 +106,7 @@ def _gap(axes: Axes, rows: Rows) -> None:
 
 
 def _gradient(axes: Axes, rows: Rows) -> None:
-    _frame(axes, "gradient norm", "before clipping; crosses = skipped steps")
+    frame(axes, "gradient norm", "before clipping; crosses = skipped steps")
     steps, values = series(rows, "train/grad_norm")
     _line(axes, steps, values, TEAL, smoothed=True)
     lost = [row["step"] for row in rows if "train/grad_norm" in row and row["train/grad_norm"] is None]
@@ -115,14 +118,15 @@ def _gradient(axes: Axes, rows: Rows) -> None:
 PANELS = (_reward, _pass_at_1, _length, _entropy, _gap, _gradient)
 
 
-def _frame(axes: Axes, title: str, note: str) -> None:
+def frame(axes: Axes, title: str, note: str, below: str = "step") -> None:
+    """A title, a note below it, and no more lines than are needed."""
     axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK, pad=16)
     axes.text(0, 1.03, note, transform=axes.transAxes, fontsize=7.5, color=FAINT)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.grid(axis="y")
     axes.set_axisbelow(True)
     axes.tick_params(length=0)
-    axes.set_xlabel("step", loc="right", fontsize=8)
+    axes.set_xlabel(below, loc="right", fontsize=8)
 
 
 def _line(axes: Axes, steps: Sequence[int], values: Sequence[float], colour: str, smoothed: bool = False) -> None:

@@ -12,6 +12,7 @@ from keel.errors import KeelError
 from keel.lab.command import run
 from keel.lab.kept import check_keep, keep_results, read_kept
 from keel.lab.ledger import CERTIFIED, QUESTIONS, Entry, entries, ledger
+from keel.lab.picture import mean_curve
 from keel.lab.results import results
 from keel.lab.runner import jobs_of
 from keel.lab.study import Study, load_study, shipped_studies
@@ -159,6 +160,22 @@ def test_files_that_are_no_results_are_named(tmp_path, text, said):
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     with pytest.raises(KeelError, match="no folder .*--keep"):
         ledger(tmp_path / "nowhere")
+
+
+def test_a_picture_stands_beside_what_is_kept(tmp_path):
+    from matplotlib.image import imread
+
+    told = record(tmp_path / "runs", broken="boom", unended=3)
+    picture = keep_results(told, tmp_path / "kept").with_suffix(".png")
+    height, width, _ = imread(picture).shape
+    assert width > 2 * height and "![held-out pass@1 of each arm](kept/s.png)" in ledger(tmp_path / "kept")
+    curves = {"0": [[0, 0.0, 0.2], [8, 9.0, 0.6]], "1": [[0, 0.0, 0.4], [8, 9.0, None]]}
+    assert mean_curve(curves) == (
+        [0, 8],
+        [pytest.approx(0.3), 0.6],
+    )
+    picture.unlink()
+    assert "kept/s.png" not in ledger(tmp_path / "kept")
 
 
 # ── what is said ──────────────────────────────────────────────────────────────────────────────────────────────────────

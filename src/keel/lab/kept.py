@@ -93,6 +93,11 @@ def place_of(study: str, folder: Path) -> Path:
     return folder / f"{folder_name(study)}.json"
 
 
+def picture_of(study: str, folder: Path) -> Path:
+    """Its picture beside it."""
+    return folder / f"{folder_name(study)}.png"
+
+
 def check_keep(study: str, folder: Path, quick: bool, ended: int | None = None) -> None:
     """See that results that are kept already do not say more than new ones.
 
@@ -116,15 +121,18 @@ def check_keep(study: str, folder: Path, quick: bool, ended: int | None = None) 
 
 
 def keep_results(record: Mapping[str, Any], folder: Path) -> Path:
-    """Write a study's record (of `Results.record`) into a folder, in place of one that says no more.
+    """Write a study's record (of `Results.record`) into a folder, in place of one that says no more, and its picture.
 
     Returns:
-        the file.
+        the record's file.
     """
+    from keel.lab.picture import picture
+
     check_keep(record["study"], folder, record["quick"], sum(row["ended"] for row in record["arms"]))
     folder.mkdir(parents=True, exist_ok=True)
     place = place_of(record["study"], folder)
     write_atomically(place, compact(record))
+    write_atomically(picture_of(record["study"], folder), picture(json.loads(compact(record))))
     return place
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from keel.audit.whole import Audit
 from keel.audit.words import claims_markdown, spoken, table
 from keel.errors import KeelError
-from keel.lab.kept import Kept, KeptPrediction, read_kept
+from keel.lab.kept import Kept, KeptPrediction, picture_of, read_kept
 from keel.lab.results import compact
 from keel.lab.study import Study, load_study, shipped_studies
 from keel.lab.tested import Tested, plan_of, planned
@@ -46,11 +46,12 @@ WAITING = "not judged yet"
 
 @dataclass(frozen=True)
 class Entry:
-    """One study: its file, its results that are kept, or both."""
+    """One study: its file, its results that are kept, or both; and where their picture is, as a page links to it."""
 
     name: str
     study: Study | None
     kept: Kept | None
+    picture: str = ""
 
     @property
     def question(self) -> str:
@@ -84,10 +85,15 @@ class Entry:
 
 
 def entries(folder: Path, all_shipped: bool = False) -> dict[str, Entry]:
-    """Studies whose results are kept in a folder, and with `all_shipped` those that come with the package, by name."""
+    """Studies whose results are kept in a folder, and with `all_shipped` those that come with the package, by name. Pictures are
+    linked to from a page beside that folder.
+    """
     kept, shipped = read_kept(folder), shipped_studies()
     names = sorted({*kept, *(shipped if all_shipped else ())})
-    return {name: Entry(name, load_study(name) if name in shipped else None, kept.get(name)) for name in names}
+    pictures = {name: f"{folder.name}/{place.name}" for name in names if (place := picture_of(name, folder)).exists()}
+    return {
+        name: Entry(name, load_study(name) if name in shipped else None, kept.get(name), pictures.get(name, "")) for name in names
+    }
 
 
 def ledger(folder: Path) -> str:
@@ -202,7 +208,8 @@ def _section(entry: Entry, kept: Kept) -> list[str]:
     notes = [_plain(text) for text in (f"{kept.rule}.", *kept.notes, *_changed(entry))]
     made = f"Made by {_code(entry.command)} in {_hours(kept.range.hours)}, {_versions(kept.range)}."
     lines = [*_top(entry), f"Tested: {entry.size}.", made, *_below(entry), *quick, *broken]
-    return [*lines, "", *table(("predicted", "verdict", "found"), rows), "", *notes, ""]
+    seen = [f"![held-out pass@1 of each arm]({entry.picture})", ""] if entry.picture else []
+    return [*lines, "", *table(("predicted", "verdict", "found"), rows), "", *seen, *notes, ""]
 
 
 def _waiting(entry: Entry) -> list[str]:
