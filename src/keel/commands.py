@@ -73,8 +73,8 @@ def _changes_of_resumed(options: argparse.Namespace, overrides: dict[str, Any]) 
     if overrides or options.config or options.dry_run:
         given = ", ".join([*overrides, *filter(None, [options.config]), *(["--dry-run"] if options.dry_run else [])])
         raise KeelError(
-            f"--resume came with {given}. Expected nothing but --steps and --train.parallel: a resumed run keeps the settings that it "
-            "began with, which its config.toml holds. Start a new run to change them."
+            f"--resume came with {given}. Expected nothing but --steps and --train.parallel: a resumed run keeps the settings that "
+            "it began with, which its config.toml holds. Start a new run to change them."
         )
     if steps is not None and (not isinstance(steps, int) or steps < 1):
         raise KeelError(f"--steps is {steps!r}. Expected a whole number of optimizer steps, at least 1.")

@@ -111,9 +111,9 @@ def _refuse_one_card(config: RunConfig) -> None:
 def _refuse_parallel_ahead(config: RunConfig) -> None:
     if config.train.parallel != "none" and config.train.max_staleness > 0:
         raise KeelError(
-            f"train.parallel is {config.train.parallel} and train.max_staleness is {config.train.max_staleness}. Several ranks sample "
-            "in turn with training, each its share of the prompts; a worker that samples ahead serves one trainer. Expected one of "
-            "them: set train.max_staleness = 0, or train.parallel = none."
+            f"train.parallel is {config.train.parallel} and train.max_staleness is {config.train.max_staleness}. Several ranks "
+            "sample in turn with training, each its share of the prompts; a worker that samples ahead serves one trainer. Expected "
+            "one of them: set train.max_staleness = 0, or train.parallel = none."
         )
 
 

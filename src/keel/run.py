@@ -4,9 +4,7 @@ around it.
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -27,6 +25,7 @@ from keel.progress import Display, display
 from keel.rollout.engine import Engine, Seed
 from keel.run_folder import RunFolder, WatchedFolder, environment
 from keel.settings import dotted
+from keel.stopping import StopRequest, stop_requests
 from keel.summary import closing_table, panel_name, summarise
 from keel.tasks.task import Task, get_task
 from keel.training import checkpoint
@@ -385,35 +384,6 @@ class _Clock:
 
     def seconds(self) -> float:
         return self.before + time.perf_counter() - self.start
-
-
-@dataclass
-class StopRequest:
-    """Which signal asked the run to stop; 0 for none."""
-
-    signal: int = 0
-
-
-@contextmanager
-def stop_requests(say: Callable[[str], None]) -> Iterator[StopRequest]:
-    """While inside, Ctrl-C and SIGTERM ask for a stop at the next whole step; a second one stops at once."""
-    request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield request
-        return
-
-    def handle(number: int, frame: Any) -> None:
-        if request.signal:
-            raise KeyboardInterrupt
-        request.signal = number
-        say("Stopping after this step, to save it. Once more stops at once and loses the steps since the last checkpoint.")
-
-    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield request
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 def _crossed(every: int, before: int, now: int) -> bool:

@@ -184,7 +184,7 @@ class Decoder:
         return replace(packing, **filled)
 
     def _norm(self, norm: nn.Module, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), norm.weight, self.shape.eps)
+        return F.rms_norm(x.to(norm.weight.dtype), (x.shape[-1],), norm.weight, self.shape.eps)
 
     def _attention(self, layer: nn.Module, x: Tensor, turn, packing: Packing) -> Tensor:
         block, hd = layer.self_attn, self.shape.head_dim

@@ -52,7 +52,7 @@ class _Product(torch.autograd.Function):
 
 
 def apply_linear(layer: nn.Module, x: Float[Tensor, "N in"]) -> Float[Tensor, "N out"]:
-    """`layer(x)`: by the fast product for a plain `nn.Linear`, by the layer itself for anything else (LoRA, quantised, autocast)."""
+    """`layer(x)`: by the fast product for a plain `nn.Linear`; by the layer itself in autocast, and for anything else (LoRA …)."""
     if type(layer) is not nn.Linear or torch.is_autocast_enabled(x.device.type):
         return layer(x)
     out = _Product.apply(x, layer.weight)
@@ -79,7 +79,7 @@ class _GatedProduct(torch.autograd.Function):
 
 
 def apply_gated(layer: nn.Module, gate: Float[Tensor, "N in"], up: Float[Tensor, "N in"]) -> Float[Tensor, "N out"]:
-    """`layer(silu(gate) · up)`, a gated unit's last product; any layer but a plain `nn.Linear` is called itself, as is any in autocast."""
+    """`layer(silu(gate) · up)`, a gated unit's last product; in autocast, and if not a plain `nn.Linear`, the layer is called."""
     if type(layer) is not nn.Linear or torch.is_autocast_enabled(gate.device.type):
         return layer(F.silu(gate) * up)
     out = _GatedProduct.apply(gate, up, layer.weight)

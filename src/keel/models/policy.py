@@ -16,7 +16,7 @@ from keel.models.decoder import Decoder, supports
 from keel.models.head import token_logp
 from keel.models.packing import Packing, pack
 from keel.models.routing import UNKNOWN, Routers, Routing, check_replayable
-from keel.models.sharding import within, whole_by_name
+from keel.models.sharding import whole_by_name, within
 from keel.types import Batch
 
 

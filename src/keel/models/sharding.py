@@ -1,8 +1,8 @@
 """A policy whose weights, gradients and optimizer states lie cut over several processes (FSDP2).
 
-Each decoder layer is gathered when it is computed and let go of afterwards; embedding, last norm and head stay from the beginning of
-a forward pass to the end of its backward pass. keel's own decoder and head read a module's weights without calling the module, so
-they run their functions within it: `within(layer, function, ...)`.
+Each decoder layer is gathered when it is computed and let go of afterwards; embedding, last norm and head stay from the beginning
+of a forward pass to the end of its backward pass. keel's own decoder and head read a module's weights without calling the module,
+so they run their functions within it: `within(layer, function, ...)`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Checkpoints that are whole or not there: written beside, flushed to disk, then renamed into place.
 
 A folder of checkpoints holds `step-00000050/` (tensors.safetensors, state.json), older ones, and `latest`, which names
-the newest. Of a policy that is cut over ranks, each rank writes its own part, into `shards/` in place of tensors.safetensors. A process that is killed at any instruction leaves the last whole checkpoint readable; a full disk leaves
-it untouched.
+the newest. Of a policy that is cut over ranks, each rank writes its own part, into `shards/` in place of tensors.safetensors.
+A process that is killed at any instruction leaves the last whole checkpoint readable; a full disk leaves it untouched.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from keel.training.ranks import ALONE, Ranks
 FORMAT = 1
 
 
-def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int = 2, ranks: Ranks = ALONE
+def save(
+    folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int = 2, ranks: Ranks = ALONE
 ) -> Path:
     """Write one checkpoint, point `latest` at it, and drop all but the `keep` newest.
 

@@ -134,9 +134,9 @@ class Ranks:
         differing = [f"{name} ({_by_rank(values)})" for name, values in apart.items() if any(v != values[0] for v in values)]
         if differing:
             raise KeelError(
-                f"The ranks of this run differ in {', '.join(differing)}. Expected the same everywhere: they would compute different "
-                "numbers and train one policy with them. Install the same versions, and give every rank the same settings, model "
-                "and data."
+                f"The ranks of this run differ in {', '.join(differing)}. Expected the same everywhere: they would compute "
+                "different numbers and train one policy with them. Install the same versions, and give every rank the same settings, "
+                "model and data."
             )
 
     def cut(self, policy: Policy, device: str) -> None:
@@ -190,9 +190,9 @@ def joined(parallel: str, device: str, timeout_s: float, *, resuming: bool = Fal
 def _refuse_mismatch(parallel: str, size: int, resuming: bool) -> None:
     if size > 1 and parallel == "none":
         raise KeelError(
-            f"{size} processes were started, and train.parallel is none: each would train a policy of its own and write to the same "
-            "folder. Expected train.parallel = ddp (every process holds the whole model) or fsdp (weights, gradients and optimizer "
-            "are cut over them), or one process."
+            f"{size} processes were started, and train.parallel is none: each would train a policy of its own and write to the "
+            "same folder. Expected train.parallel = ddp (every process holds the whole model) or fsdp (weights, gradients and "
+            "optimizer are cut over them), or one process."
         )
     if size == 1 and parallel != "none" and not resuming and "RANK" not in os.environ:
         raise KeelError(
