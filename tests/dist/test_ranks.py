@@ -27,7 +27,7 @@ ROUGH = {"policy fp32": 1e-5, "policy bf16": 1e-2}
 def told(tmp_path_factory):
     """(mode, rank) → what that rank says of every scenario."""
     folder = tmp_path_factory.mktemp("ranks")
-    codes, said = ranks_of("two_ranks.py", folder, limit_s=200)
+    codes, said = ranks_of("two_ranks.py", folder, *MODES, limit_s=500)
     assert codes == [0, 0], "\n".join(said)
     return {(m, n): torch.load(folder / f"{m}-{n}.pt", weights_only=False) for m in MODES for n in (0, 1)} | {"folder": folder}
 

@@ -145,24 +145,29 @@ def passes(ranks):
     return ranks.gather(lambda: (len(share.cuts), share.idle))
 
 
-def main(folder):
-    for parallel in ("ddp", "fsdp"):
+def scenarios(ranks, folder):
+    """Name → what happens in it."""
+    return {
+        "compared": lambda: compared(ranks),
+        "broken": lambda: broken_on_one(ranks),
+        "checkpoints": lambda: through_checkpoints(ranks, folder),
+        "sampled": lambda: [sampled(ranks, prompts) for prompts in (5, 1)],
+        "differ": lambda: refused(lambda: ranks.check_same({"torch": f"2.{ranks.rank}", "numpy": "2"})),
+        "failed": lambda: fails_on_one(ranks),
+        "passes": lambda: passes(ranks),
+    }
+
+
+def main(folder, *modes):
+    for parallel in modes:
         with joined(parallel, "cpu", 60.0) as ranks:
             told = {}
-            for name, act in (
-                ("compared", lambda: compared(ranks)),  # noqa: B023
-                ("broken", lambda: broken_on_one(ranks)),  # noqa: B023
-                ("checkpoints", lambda: through_checkpoints(ranks, folder / f"checkpoints-{parallel}")),  # noqa: B023
-                ("sampled", lambda: [sampled(ranks, n) for n in (5, 1)]),  # noqa: B023
-                ("differ", lambda: refused(lambda: ranks.check_same({"torch": f"2.{ranks.rank}", "numpy": "2"}))),  # noqa: B023
-                ("failed", lambda: fails_on_one(ranks)),  # noqa: B023
-                ("passes", lambda: passes(ranks)),  # noqa: B023
-            ):
+            for name, act in scenarios(ranks, folder / f"checkpoints-{parallel}").items():
                 begin = time.monotonic()
                 told[name] = act()
-                told[f"{name} seconds"] = time.monotonic() - begin
+                print(f"{parallel} {name}: {time.monotonic() - begin:.1f} s", flush=True)
             torch.save(told, folder / f"{parallel}-{ranks.rank}.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -236,7 +236,7 @@ def _recompute_layers(base: nn.Module) -> None:
             f"train.checkpoint_activations is true, and transformers cannot checkpoint {type(base).__name__}. Expected an "
             "architecture that can; set it to false, and lower train.micro_batch_tokens to save memory."
         )
-    base.gradient_checkpointing_enable({"use_reentrant": False})
+    base.activation_checkpointing_enable()
     base.train()
 
 

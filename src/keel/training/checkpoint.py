@@ -195,7 +195,7 @@ def _end(draft: Path, target: Path, record: Mapping[str, Any], keep: int) -> Non
 def _read(place: Path, digest: Any, like: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
     if (place / "shards").is_dir():
         shards.check(place / "shards", digest, ranks)
-        return shards.read(place / "shards", like)
+        return shards.read(place / "shards", like, ranks)
     _check_digest(place / "tensors.safetensors", digest)
     return load_file(place / "tensors.safetensors")
 

@@ -135,8 +135,8 @@ class Ranks:
         if differing:
             raise KeelError(
                 f"The ranks of this run differ in {', '.join(differing)}. Expected the same everywhere: they would compute "
-                "different numbers and train one policy with them. Install the same versions, and give every rank the same settings, "
-                "model and data."
+                "different numbers and train one policy with them. Install the same versions, and give every rank the same "
+                "settings, model and data."
             )
 
     def cut(self, policy: Policy, device: str) -> None:
@@ -236,10 +236,10 @@ def _lost_ranks() -> Iterator[None]:
     try:
         yield
     except RuntimeError as fault:
+        said = str(fault).strip().splitlines()[0].rstrip(".")
         raise KeelError(
-            f"The ranks of this run lost one another: {str(fault).strip().splitlines()[0]} Expected all of them within "
-            "train.rank_timeout_s. One may have died, or is much slower; its own output says more. What was saved is whole: go on "
-            "with `keel train --resume`."
+            f"The ranks of this run lost one another: {said}. Expected all of them within train.rank_timeout_s. One may "
+            "have died, or is much slower; its own output says more. What was saved is whole: go on with `keel train --resume`."
         ) from fault
 
 

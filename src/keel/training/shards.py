@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from keel.models.sharding import is_sharded
@@ -32,8 +31,8 @@ def write(place: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str,
     return _digests(place, names, ranks)
 
 
-def read(place: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Every tensor that was saved: cut as `like` has it under its name, or whole.
+def read(place: Path, like: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """Every tensor that was saved: cut as `like` has it under its name, or whole. All of `ranks` read together.
 
     Raises:
         ValueError, OSError: a file is missing or unreadable.
@@ -45,7 +44,7 @@ def read(place: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     room = {name: _room(about, like.get(name)) for name, about in saved.items()}
     try:
         with _quiet():
-            dcp.load(room, storage_reader=reader, no_dist=not dist.is_initialized())
+            dcp.load(room, storage_reader=reader, no_dist=ranks.size == 1)
     except dcp.api.CheckpointException as fault:
         raise ValueError(str(fault).strip().splitlines()[-1]) from fault
     return room
