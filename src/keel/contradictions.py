@@ -99,6 +99,24 @@ def _refuse_no_room_ahead(config: RunConfig) -> None:
         )
 
 
+def _refuse_one_card(config: RunConfig) -> None:
+    device = config.train.device
+    if config.train.parallel != "none" and device.startswith("cuda:"):
+        raise KeelError(
+            f"train.parallel is {config.train.parallel} and train.device is {device}: all processes would share one card. Expected "
+            "train.device = cuda, with which each takes the card of its own number, or cpu."
+        )
+
+
+def _refuse_parallel_ahead(config: RunConfig) -> None:
+    if config.train.parallel != "none" and config.train.max_staleness > 0:
+        raise KeelError(
+            f"train.parallel is {config.train.parallel} and train.max_staleness is {config.train.max_staleness}. Several ranks "
+            "sample in turn with training, each its share of the prompts; a worker that samples ahead serves one trainer. Expected "
+            "one of them: set train.max_staleness = 0, or train.parallel = none."
+        )
+
+
 REFUSALS = (
     _refuse_lone_completions,
     _refuse_no_room_ahead,
@@ -107,4 +125,6 @@ REFUSALS = (
     _refuse_unheard_routing,
     _refuse_partial_alone,
     _refuse_blind_curriculum,
+    _refuse_one_card,
+    _refuse_parallel_ahead,
 )

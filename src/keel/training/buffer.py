@@ -12,6 +12,7 @@ from torch import Tensor
 
 from keel.data.curriculum import Record, draw, weights
 from keel.errors import KeelError
+from keel.training.ranks import ALONE, Ranks
 from keel.types import Completion, Finish, Group, Prompt, Score
 
 Reward = Callable[[Prompt, str, Finish], Score]
@@ -140,6 +141,7 @@ def collect(
     reward_many: RewardMany | None = None,
     live_only: bool = False,
     max_rounds: int = 10,
+    ranks: Ranks = ALONE,
 ) -> Collected:
     """Sample and grade groups until `prompts` of them are in hand.
 
@@ -149,19 +151,24 @@ def collect(
         live_only: dynamic sampling (DAPO, arXiv 2503.14476): keep only groups with right and wrong answers, judged by accuracy and
             never by the shaped reward, and sample on until the batch is full.
         max_rounds: rounds of sampling after which it gives up.
+        ranks: each samples and grades a share of every round's prompts, and all get all groups.
 
     Raises:
         KeelError: the batch is not full after `max_rounds`, or every completion was unscorable.
     """
-    kept: list[Group] = []
-    tokens = dropped = 0
-    for _ in range(max_rounds if live_only else 1):
-        asked, completions = generate(stream.take(prompts))
-        tokens += sum(len(c.token_ids) for c in completions)
+
+    def answered(some: Sequence[Prompt]) -> list[Group]:
+        asked, completions = generate(some)
         by_prompt: dict[str, list[Completion]] = {prompt.id: [] for prompt in asked}
         for completion in completions:
             by_prompt[completion.prompt_id].append(completion)
-        groups = score_groups([(prompt, by_prompt[prompt.id]) for prompt in asked], reward_many or one_by_one(reward))
+        return score_groups([(prompt, by_prompt[prompt.id]) for prompt in asked], reward_many or one_by_one(reward))
+
+    kept: list[Group] = []
+    tokens = dropped = 0
+    for _ in range(max_rounds if live_only else 1):
+        groups = ranks.spread(answered)(stream.take(prompts))
+        tokens += sum(len(c.token_ids) for group in groups for c in group.completions)
         _refuse_all_unscorable(groups)
         stream.learn(groups)
         fresh = [group for group in groups if group.live] if live_only else groups

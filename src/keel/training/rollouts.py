@@ -15,6 +15,7 @@ from keel.rewards.compose import spent
 from keel.rollout.engine import Engine, Seed, check_completions
 from keel.tasks.task import Task, reward_many
 from keel.training.buffer import Collected, PromptStream, collect
+from keel.training.ranks import ALONE, Ranks
 from keel.types import Completion, Prompt
 
 
@@ -43,6 +44,7 @@ class Sampler:
         policy: renders prompts, and says what ends a completion; its weights are not looked at.
         dynamic_sampling: whether groups without signal are drawn again.
         updates_per_batch: a batch holds that many times `prompts_per_step` prompts.
+        ranks: that sample it together.
     """
 
     engine: Engine
@@ -52,6 +54,7 @@ class Sampler:
     config: RunConfig
     dynamic_sampling: bool
     updates_per_batch: int
+    ranks: Ranks = ALONE
 
     def batch(self, step: int) -> Collected:
         """The batch for optimizer step `step`. Every completion is checked against the engine's contract."""
@@ -75,8 +78,9 @@ class Sampler:
             reward_many=partial(reward_many, self.task),
             live_only=self.dynamic_sampling,
             max_rounds=config.train.dynamic_sampling_max_rounds,
+            ranks=self.ranks,
         )
-        return replace(found, spent=spent(getattr(self.task, "grade", None)))
+        return replace(found, spent=self.ranks.sums(spent(getattr(self.task, "grade", None))))
 
 
 class InTurn:
