@@ -1,6 +1,6 @@
 """How often the doctor is right about a run: every fault of the table, pairs of them, and healthy runs.
 
-    python benchmarks/doctor.py [--folder-only] [--only faults|pairs|healthy] [--json FILE]
+    python benchmarks/doctor.py [--folder-only] [--only faults|pairs|healthy] [--part 1/3] [--json FILE]
 
 Each run is a few steps of a bundled model with the fault in the living system. A verdict is right where the parts that it names are
 those of the faults, no more and no fewer; a component is named where a finding has it.
@@ -29,14 +29,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder-only", action="store_true", help="read the folder, ask the living system nothing")
     parser.add_argument("--only", choices=("faults", "pairs", "healthy"))
+    parser.add_argument("--part", default="1/1", metavar="I/N", help="every N-th run from the I-th on, for several processes")
     parser.add_argument("--json", default="", metavar="FILE", help="write the table")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     rows = []
+    part, parts = map(int, options.part.split("/"))
     with tempfile.TemporaryDirectory() as folder:
         for number, (kind, names, make) in enumerate(_cases(options.folder_only)):
-            if options.only in (None, kind):
+            if options.only in (None, kind) and number % parts == part - 1:
                 rows.append(_row(kind, names, make(Path(folder) / str(number))))
                 print(_line(rows[-1]), flush=True)
     print(*_rates(rows), sep="\n")
@@ -72,8 +74,10 @@ def _rates(rows: list[dict]):
     for kind in ("faults", "pairs"):
         some = [row for row in rows if row["kind"] == kind]
         if some:
-            verdict, all_named = sum(row["verdict"] for row in some), sum(all(row["named"]) for row in some)
-            yield f"{kind}: verdict right {verdict} of {len(some)} ({verdict / len(some):.0%}), every component named {all_named} ({all_named / len(some):.0%})"
+            total, verdict = len(some), sum(row["verdict"] for row in some)
+            every = sum(all(row["named"]) for row in some)
+            yield f"{kind}: verdict right {verdict} of {total} ({verdict / total:.0%})"
+            yield f"{kind}: every component named {every} of {total} ({every / total:.0%})"
     some = [row for row in rows if row["kind"] == "healthy"]
     if some:
         yield f"healthy: {sum(not row['verdict'] for row in some)} false alarms in {len(some)} runs"

@@ -263,9 +263,14 @@ def gap(arguments: list[str]) -> int:
 
 
 def doctor(arguments: list[str]) -> int:
-    """examine a configuration before a run, or a run that has been: keel doctor quickstart, keel doctor runs/mine; exit 1 = found"""
+    """examine a configuration before a run, or a run: keel doctor quickstart, keel doctor runs/mine; exit code 1 for findings"""
     parser = parser_of("doctor", doctor, settings=True)
-    parser.add_argument("source", nargs="?", default="quickstart", help="a configuration as `keel train` takes it, a run folder, or a fault such as K620")
+    parser.add_argument(
+        "source",
+        nargs="?",
+        default="quickstart",
+        help="a configuration as `keel train` takes it, a run folder, or a fault such as K620",
+    )
     parser.add_argument(
         "--probe", action="append", default=[], metavar="NAME", help="ask this one alone (several: repeat; list: all)"
     )

@@ -14,8 +14,8 @@ from keel import train
 from keel.doctor.triage import Triage, triage
 from keel.errors import KeelError
 
-FEW = {"evaluation.prompts": 24, "evaluation.samples": 2, "evaluation.standard_panel": False, "record.tokens_every": 2}
-SHORT = FEW | {"steps": 6, "train.prompts_per_step": 16, "train.probe_every": 1}
+FEW = {"evaluation.prompts": 8, "evaluation.samples": 2, "evaluation.standard_panel": False, "record.tokens_every": 2}
+SHORT = FEW | {"steps": 4, "train.prompts_per_step": 16, "train.probe_every": 1}
 SMALL = SHORT | {"task": "arithmetic:medium?train_size=600&test_size=200"}
 PAIRS = [  # faults of different parts or components, neither of which hides the other
     ("left padding is read", "grader finds the answer anywhere"),

@@ -17,9 +17,7 @@ from keel.files import json_of
 FAULT = re.compile(r"K\d{3}")
 
 
-def run(
-    source: str, overrides: dict[str, Any], *, probes: list[str], step: int | None, folder_only: bool, as_json: bool
-) -> int:
+def run(source: str, overrides: dict[str, Any], *, probes: list[str], step: int | None, folder_only: bool, as_json: bool) -> int:
     """The command.
 
     Args:

@@ -64,7 +64,7 @@ def found_by() -> dict[str, list[str]]:
     from keel.doctor.signs import SIGNS
 
     checks = [(f"probe `{name}`", probe) for name, probe in PROBES.items()]
-    checks += [(f"`{name}` of a run", look) for name, (_, look) in SIGNS.items()]
+    checks += [(f"sign `{name}`", look) for name, (_, look) in SIGNS.items()]
     found: dict[str, list[str]] = {}
     for name, check in checks:
         for code in sorted(_codes(check.__module__, check.__name__, set())):
@@ -82,7 +82,9 @@ def _codes(module: str, name: str, seen: set[tuple[str, str]]) -> set[str]:
     if node is None:  # made elsewhere: a function that was imported
         other = getattr(home, name, None)
         return _codes(other.__module__, name, seen) if inspect.isfunction(other) and other.__module__ != module else set()
-    codes = {c.value for c in ast.walk(node) if isinstance(c, ast.Constant) and isinstance(c.value, str) and CODE.fullmatch(c.value)}
+    codes = {
+        c.value for c in ast.walk(node) if isinstance(c, ast.Constant) and isinstance(c.value, str) and CODE.fullmatch(c.value)
+    }
     names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
     return codes.union(*(_codes(module, other, seen) for other in names))
 

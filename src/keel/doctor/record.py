@@ -1,7 +1,7 @@
 """What a run left, read as far as it can be: one small type, whatever wrote the files.
 
 `read` makes it of a run folder of keel's own. Logs of others become the same type: metrics under keel's names
-(`diagnostics/metrics.py`), completions as `Rollout`s, settings as `Asked`; what is not known is empty or None, and is not looked at.
+(`diagnostics/metrics.py`), completions as `Rollout`s, settings as `Asked`; what is not known is empty or None, and not looked at.
 """
 
 from __future__ import annotations
@@ -206,8 +206,8 @@ def _refuse_other(folder: RunFolder) -> None:
     if not any(place.is_file() for place in places):
         found = "holds nothing of a run" if folder.path.is_dir() else "does not exist"
         raise KeelError(
-            f"The folder {str(folder.path)!r} {found}. Expected one that `keel train` made, with {', '.join(p.name for p in places)} "
-            "in it, or at least one of them."
+            f"The folder {str(folder.path)!r} {found}. Expected one that `keel train` made, with at least one of "
+            f"{', '.join(place.name for place in places)} in it."
         )
 
 

@@ -7,7 +7,23 @@ from collections.abc import Collection, Mapping, Sequence
 from keel.doctor.finding import PARTS, Check, Diagnosis, Finding, Part
 
 NO_REWARD = ("K4", "K620", "K136", "K143", "K151", "K215", "K36")  # with one of these a base that never scores says nothing
-OTHER_LOGP = ("K109", "K139", "K140", "K143", "K145", "K151", "K188", "K210", "K211", "K212", "K213", "K214", "K246", "K247")
+OTHER_LOGP = (
+    "K109",
+    "K122",
+    "K139",
+    "K140",
+    "K143",
+    "K145",
+    "K151",
+    "K188",
+    "K210",
+    "K211",
+    "K212",
+    "K213",
+    "K214",
+    "K246",
+    "K247",
+)
 FOLLOWS = {  # a finding: the findings of which it may be no more than a consequence, by the beginnings of their codes
     "K568": NO_REWARD,
     "K569": NO_REWARD,
@@ -59,8 +75,7 @@ LOOKS_AT: dict[str, Part] = {
 
 def _refuted(check: Check, finding: Finding, holds: Collection[str]) -> bool:
     return any(
-        check.name == name and finding.fault.code.startswith(code) and again in holds
-        for (name, code), again in ASKED_AGAIN.items()
+        check.name == name and finding.fault.code.startswith(code) and again in holds for (name, code), again in ASKED_AGAIN.items()
     )
 
 

@@ -67,7 +67,9 @@ def told_of_run(found: Triage) -> str:
 
 
 def _run_words(run: Mapping[str, Any]) -> str:
-    what = [str(run[name]) for name in ("recipe", "model", "task") if name in run] + ([f"seed {run['seed']}"] if "seed" in run else [])
+    what = [str(run[name]) for name in ("recipe", "model", "task") if name in run] + (
+        [f"seed {run['seed']}"] if "seed" in run else []
+    )
     asked = f" of {run['steps_asked']}" if run["steps_asked"] else ""
     scores = [f"held-out pass@1 {run['pass_at_1'][0]:.2f} → {run['pass_at_1'][1]:.2f}"] if run["pass_at_1"] else []
     return " · ".join([*what, f"{run['steps']}{asked} steps", *scores])

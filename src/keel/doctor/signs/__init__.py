@@ -1,4 +1,4 @@
-"""Signs: what a run left, each looked at for one thing. `SIGNS` lists them; each is a pure function from a `Record` to a `Check`."""
+"""Signs: what a run left, each looked at for one thing: pure functions from a `Record` to a `Check`. `SIGNS` lists them."""
 
 from __future__ import annotations
 

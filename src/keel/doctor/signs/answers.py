@@ -102,8 +102,10 @@ def pairs(record: Record) -> Check:
     if not tried or not tried_floor:
         return Check("pairs in the run", "", skipped="there are not two batches with wrong answers to compare")
     p = chance.more_of_two(within, tried, floor, tried_floor)
-    says = f"{within} of {tried} pairs of a group and another prompt of its batch fit better than its own; of {tried_floor} with the next batch, {floor}"
-    return Check("pairs in the run", says, (Finding(fault("K151"), says, within / tried, floor / tried_floor, p),) if p < chance.ALPHA else ())
+    says = f"{within} of {tried} pairs of a group and another prompt of its batch fit better than its own"
+    says += f"; of {tried_floor} pairs with the next batch {floor} do"
+    found = (Finding(fault("K151"), says, within / tried, floor / tried_floor, p),) if p < chance.ALPHA else ()
+    return Check("pairs in the run", says, found)
 
 
 def _suited(record: Record, groups: Sequence[Sequence[Rollout]], others: Sequence[Sequence[Rollout]]) -> tuple[int, int]:

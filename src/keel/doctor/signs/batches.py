@@ -124,7 +124,9 @@ def gap(record: Record) -> Check:
     floor = max(begun, ROUNDING**2)
     if record.asked.staleness == 0 and max(squares) > GROWN * floor:
         when = next(row["step"] for row in rows if row["gap/k3_nats"] > GROWN * floor)
-        grew = f"KL(engine‖trainer) was {begun:.1e} nats a token in the first batch, and up to {max(squares):.1e} from step {when:.0f}"
+        grew = (
+            f"KL(engine‖trainer) was {begun:.1e} nats a token in the first batch, and up to {max(squares):.1e} from step {when:.0f}"
+        )
         return Check("gap in the run", grew, (Finding(fault("K217"), grew, max(squares), GROWN * floor),))
     return Check("gap in the run", says)
 
@@ -138,7 +140,7 @@ def advantages(record: Record) -> Check:
     for trace in record.traces:
         batch = max((step for step in begins if step <= trace.get("step", -1)), default=None)
         stored = by_name.get((batch, trace.get("prompt_id"), trace.get("sample")))
-        value = _mean(trace.get("advantage"))
+        value = _value(trace.get("advantage"))
         if stored is not None and stored.reward is not None and value is not None:
             groups.setdefault((batch, stored.prompt_id), []).append((stored.reward, value, batch))
     wrong: Counter[str] = Counter()
@@ -149,7 +151,7 @@ def advantages(record: Record) -> Check:
     if not bad:
         return Check("stored advantages", f"in {len(groups)} stored groups advantages follow the rewards, and add up to 0")
     code, count = max(bad.items(), key=lambda each: each[1])
-    what = {"K125": "are not those of their rewards: a worse completion stands as high, or the sum is not 0", "K128": "differ from 0 although all rewards are equal"}  # fmt: skip
+    what = {"K125": "do not follow their rewards, or do not add up to 0", "K128": "differ from 0 although all rewards are equal"}
     says = f"in {count} of {len(groups)} stored groups advantages {what[code]}"
     return Check("stored advantages", says, (Finding(fault(code), says, float(count), 0.0),))
 
@@ -165,11 +167,11 @@ def _fault_of(rows: Sequence[tuple[float, float, Any]], size: int) -> str:
     return "K125" if upside or uneven else ""
 
 
-def _mean(value: Any) -> float | None:
-    numbers = value if isinstance(value, list) else [value]
-    if not numbers or not all(isinstance(n, int | float) for n in numbers):
-        return None
-    return sum(numbers) / len(numbers)
+def _value(told: Any) -> float | None:
+    """A completion's advantage: its tokens share one, and a token that is not trained has 0."""
+    numbers = told if isinstance(told, list) else [told]
+    known = bool(numbers) and all(isinstance(n, int | float) for n in numbers)
+    return max(numbers, key=abs) if known else None
 
 
 def repeats(record: Record) -> Check:
@@ -209,7 +211,9 @@ def weights(record: Record) -> Check:
         says = f"{every - trained:,} of {every:,} parameters are not trained, and no adapters are asked for"
         findings.append(Finding(fault("K153"), says, float(every - trained), 0.0))
     if held is not None and held.not_finite:
-        says = f"{len(held.not_finite)} tensors of the checkpoint of step {held.step} are not finite, {held.not_finite[0]} among them"
+        says = (
+            f"{len(held.not_finite)} tensors of the checkpoint of step {held.step} are not finite, {held.not_finite[0]} among them"
+        )
         findings.append(Finding(fault("K131"), says, float(len(held.not_finite)), 0.0))
     pulled = any(row.get("train/grad_norm", 0.0) > 0 for row in record.trained)
     if held is not None and pulled and held.untouched and len(held.untouched) < len(held.names):

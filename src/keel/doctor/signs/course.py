@@ -41,7 +41,7 @@ def length(record: Record) -> Check:
     most = chance.at_most_bound(open_, len(groups))
     if rewarded or most >= LIVE:
         return Check("length in the run", says)
-    says = f"{says}: in {len(groups) - open_} of {len(groups)} groups every completion is cut off, and none of those can be rewarded"
+    says = f"{says}: in {len(groups) - open_} of {len(groups)} groups all completions are cut off, and none can be rewarded"
     finding = Finding(fault("K620"), says, open_ / len(groups), LIVE, chance.CARD_ALPHA)
     return Check("length in the run", says, (finding,))
 
@@ -84,7 +84,8 @@ def groups(record: Record) -> Check:
     late, of_late = _right(ended)
     rates = [chance.at_most_bound(r, n) for r, n in ((right, every), (late, of_late))] if every and of_late else [1.0]
     if max(rates) < 0.5 and max(chance.live_share(rate, size) for rate in rates) < LIVE:
-        too = f"{right} of {every} completions are right; at the edge of chance {chance.live_share(max(rates), size):.0%} of groups of {size} can be live"
+        edge = max(chance.live_share(rate, size) for rate in rates)
+        too = f"{right} of {every} completions are right; at the edge of chance {edge:.0%} of groups of {size} can be live"
         return Check("groups in the run", too, (Finding(fault("K568"), too, _live(ended), LIVE, chance.CARD_ALPHA),))
     return Check("groups in the run", says)
 
