@@ -86,7 +86,7 @@ def test_a_health_record_is_read():
     assert health(Record("none")).skipped
     assert health(Record("fine", health=({"step": 1, "found": []},))).holds
     bad = {"metric": "train/loss", "value": None, "why": "must be a finite number"}
-    rows = tuple({"step": n, "train/lr": 1e-4} for n in range(1, 6))
+    rows = tuple({"step": float(n), "train/lr": 1e-4} for n in range(1, 6))
     check = health(Record("bad", rows=rows, health=tuple({"step": n, "found": [bad] if n > 3 else []} for n in range(1, 6))))
     assert [f.fault.code for f in check.findings] == ["K174"] and "step 4" in check.says and "2 of 5 steps" in check.says
 

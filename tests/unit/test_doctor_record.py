@@ -9,7 +9,7 @@ import pytest
 from keel.cli import main
 from keel.doctor.catalogue import FAULTS
 from keel.doctor.pages import found_by, pages
-from keel.doctor.record import Asked, Record, Rollout, read
+from keel.doctor.record import Asked, Record, Rollout, numbers, read
 from keel.doctor.signs import SIGNS, answers, batches, course, look
 from keel.doctor.triage import PARTS_OF, examined
 from keel.errors import KeelError
@@ -126,7 +126,7 @@ def rows_of(groups, **changes):
 
 def record_of(groups, row, **asked):
     made = [rollout(1, f"p{i}", j, reward=float(v), correct=bool(v)) for i, g in enumerate(groups) for j, v in enumerate(g)]
-    return Record("hand", Asked(group_size=len(groups[0]), updates_per_batch=1, staleness=0, **asked), (row,), tuple(made))
+    return Record("hand", Asked(group_size=len(groups[0]), updates_per_batch=1, staleness=0, **asked), (numbers(row),), tuple(made))
 
 
 GROUPS = [[1, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 0, 0]]
@@ -160,14 +160,14 @@ GAP = {"gap/chi2": 1e-2, "gap/k3_nats": 5e-3, "tokens/step": 10_000.0}
     ],
 )
 def test_the_gap_of_a_run(rows, code):
-    record = Record("hand", Asked(staleness=0), tuple(row | {"step": n} for n, row in enumerate(rows, 1)))
+    record = Record("hand", Asked(staleness=0), tuple(numbers(row | {"step": n}) for n, row in enumerate(rows, 1)))
     assert [f.fault.code for f in batches.gap(record).findings] == ([code] if code else [])
     stale = batches.gap(Record("hand", Asked(staleness=2), record.rows))
     assert [f.fault.code for f in stale.findings] == (["K216"] if code == "K216" else [])  # what is stale may grow
 
 
 def traced(values, rewards):
-    made = tuple(rollout(1, "p", i, reward=r, correct=r > 0) for i, r in enumerate(rewards))
+    made = tuple(rollout(1, "p", i, reward=float(r), correct=r > 0) for i, r in enumerate(rewards))
     traces = tuple({"step": 1, "prompt_id": "p", "sample": i, "advantage": v} for i, v in enumerate(values))
     return Record("hand", Asked(centred=True), rollouts=made, traces=traces)
 
@@ -226,12 +226,12 @@ def evaluated(*scores, room=0.05):
 
 
 def test_a_fall_is_told_with_what_moved_and_only_beyond_chance():
-    assert course.fall(Record("hand", rows=evaluated(0.4, 0.5, 0.45))).holds
+    assert course.fall(Record("hand", rows=tuple(map(numbers, evaluated(0.4, 0.5, 0.45))))).holds
     moved = [
         {"step": n, "policy/entropy_nats": 0.5 if n < 22 else 0.01, "train/grad_norm": 1.0 + 0.1 * (n % 2)} for n in range(1, 31)
     ]
     rows = sorted((*evaluated(0.4, 0.7, 0.7, 0.1), *moved), key=lambda row: row["step"])
-    check = course.fall(Record("hand", rows=tuple(rows)))
+    check = course.fall(Record("hand", rows=tuple(map(numbers, rows))))
     assert [f.fault.code for f in check.findings] == ["K670"] and check.findings[0].evidence["moved"][0].startswith(
         "policy/entropy_nats"
     )
@@ -240,7 +240,7 @@ def test_a_fall_is_told_with_what_moved_and_only_beyond_chance():
 def test_a_loss_that_is_lost_and_one_that_was_not():
     def coded(losses):
         found = SIGNS["health"][1](
-            Record("hand", rows=tuple({"step": n, "train/loss": x} for n, x in enumerate(losses, 1)))
+            Record("hand", rows=tuple(numbers({"step": n, "train/loss": x}) for n, x in enumerate(losses, 1)))
         ).findings
         return [f.fault.code for f in found]
 

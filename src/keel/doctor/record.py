@@ -174,14 +174,14 @@ def read(path: str | Path) -> Record:
     rollouts = [_rollout(row) for row in islice(_lines(folder.rollouts, unread), MOST)]
     if len(rollouts) == MOST:
         unread.say(f"rollouts.jsonl: only the first {MOST:,} completions were read")
-    rows = [_numbers(row) for row in _lines(folder.metrics, unread) if isinstance(row.get("step"), int)]
+    rows = [numbers(row) for row in _lines(folder.metrics, unread) if isinstance(row.get("step"), int)]
     return Record(
         source=str(path),
         asked=asked_of(config) if config is not None else Asked(),
         rows=tuple(sorted(rows, key=lambda row: row["step"])),
         rollouts=tuple(rollout for rollout in rollouts if rollout is not None),
-        traces=tuple(_lines(folder.tokens, unread)),
-        health=tuple(_lines(folder.health, unread)) if folder.health.is_file() else None,
+        traces=tuple(row for row in _lines(folder.tokens, unread) if isinstance(row.get("step"), int)),
+        health=tuple(row for row in _lines(folder.health, unread) if _noted(row)) if folder.health.is_file() else None,
         task=_task(config, unread),
         config=config,
         manifest=_manifest(folder, unread),
@@ -231,10 +231,11 @@ def _task(config: RunConfig | None, unread: _Unread) -> Task | None:
 
 def _manifest(folder: RunFolder, unread: _Unread) -> Mapping[str, Any]:
     try:
-        return folder.manifest
+        told = json.loads((folder.path / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as refused:
         unread.say(f"manifest.json: {refused}")
         return {}
+    return told if isinstance(told, dict) else {}
 
 
 def asked_of(config: RunConfig) -> Asked:
@@ -279,10 +280,16 @@ def _lines(path: Path, unread: _Unread) -> Iterator[dict[str, Any]]:
                 unread.say(f"{path.name}: line {number}{end} cannot be read")
 
 
-def _numbers(row: Mapping[str, Any]) -> Row:
-    """Numbers alone; JSON has no NaN, so null stands for what was not finite."""
+def numbers(row: Mapping[str, Any]) -> Row:
+    """A line's numbers alone. JSON has no NaN, so null stands for what was not finite."""
     told = {name: math.nan if value is None else value for name, value in row.items()}
-    return {name: value for name, value in told.items() if isinstance(value, int | float) and not isinstance(value, bool)}
+    return {name: float(value) for name, value in told.items() if isinstance(value, int | float) and not isinstance(value, bool)}
+
+
+def _noted(row: Mapping[str, Any]) -> bool:
+    """Whether a line is one of a health record."""
+    found = row.get("found")
+    return isinstance(found, list) and all(isinstance(each, dict) and {"metric", "value", "why"} <= each.keys() for each in found)
 
 
 def _rollout(row: Mapping[str, Any]) -> Rollout | None:

@@ -13,7 +13,7 @@ from keel.doctor.probes import PROBES, ask
 from keel.doctor.record import Record, read
 from keel.doctor.signs import SIGNS, look
 from keel.doctor.subject import Subject
-from keel.doctor.verdict import LOOKS_AT, weigh
+from keel.doctor.verdict import ASKED_AGAIN, LOOKS_AT, weigh
 from keel.errors import KeelError
 
 PARTS_OF: Mapping[str, Part] = LOOKS_AT | {name: part for name, (part, _) in SIGNS.items()}
@@ -43,8 +43,15 @@ class Triage:
         ]
 
     def evidence(self, code: str) -> list[str]:
-        """Everything that was seen of one fault, in sentences."""
-        return list(dict.fromkeys(f.says for c in self.diagnosis.checks for f in c.findings if f.fault.code == code))
+        """What speaks for one fault, in sentences; also what a weaker look at the same saw and found too little."""
+        weaker = [name for name, begin in ASKED_AGAIN if code.startswith(begin)]
+        found = [f.says for c in self.diagnosis.checks for f in c.findings if f.fault.code == code]
+        return list(dict.fromkeys([*found, *(c.says for c in self.diagnosis.checks if c.holds and c.name in weaker)]))
+
+    def against(self, part: Part) -> list[str]:
+        """What speaks against a verdict: what holds of that part, in sentences."""
+        told = {says for f in self.diagnosis.findings if f.fault.part == part for says in self.evidence(f.fault.code)}
+        return [says for says in self.diagnosis.against.get(part, ()) if says not in told]
 
     def as_json(self) -> dict[str, Any]:
         """For machines; keys stay."""
@@ -59,7 +66,7 @@ class Triage:
                 {
                     "part": part,
                     "faults": [finding_json(f) | {"page": page_of(f), "for": self.evidence(f.fault.code)} for f in found],
-                    "against": list(diagnosis.against.get(part, ())),
+                    "against": self.against(part),
                 }
                 for part, found in self.named
             ],

@@ -57,8 +57,7 @@ def told_of_run(found: Triage) -> str:
             others = [says for says in found.evidence(finding.fault.code) if says != finding.says]
             out += [line for says in others[:MOST] for line in _wrapped("      also: ", says)]
             out += _wrapped("      page: ", f"{page_of(finding)}, or keel doctor {finding.fault.code}")
-        speaks = diagnosis.against.get(part, ())
-        out += [line for says in speaks[:MOST] for line in _wrapped(f"  holds of the {part}: ", says)]
+        out += [line for says in found.against(part)[:MOST] for line in _wrapped("      against: ", says)]
     if diagnosis.healthy:
         out += ["", *(line for c in diagnosis.checks if c.holds and c.name in TOLD for line in _wrapped("  ✓ ", c.says))]
     out += ["", *(line for sentence in diagnosis.unknown for line in _wrapped("not known: ", sentence))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from keel.diagnostics.health import Row
@@ -36,8 +37,8 @@ def whole(record: Record) -> Check:
 def _updates(record: Record) -> Iterator[tuple[int, list[Row]]]:
     """Each batch's first step with the rows of its updates; the last batch only where all of them are there."""
     begins = list(record.batches)
-    for step, following in zip(begins, [*begins[1:], None], strict=True):
-        rows = [row for row in record.trained if row["step"] >= step and (following is None or row["step"] < following)]
+    for step, following in pairwise([*begins, math.inf]):
+        rows = [row for row in record.trained if step <= row["step"] < following]
         if rows and len(rows) == (record.asked.updates_per_batch or len(rows)):
             yield step, rows
 
@@ -82,7 +83,7 @@ def ratio(record: Record) -> Check:
     first, later = [], []
     for _, rows in _updates(record):
         first += rows[:1]
-        later += [now for before, now in zip(rows, rows[1:], strict=False) if _moved(before)]
+        later += [now for before, now in pairwise(rows) if _moved(before)]
     findings = []
     off = [row for row in first if row.get("policy/log_ratio_max_abs", 0.0) > ON_POLICY]
     if off:
