@@ -47,7 +47,7 @@ def says(told):
 def test_of_zero_reward_the_folder_tells_the_causes_apart(tmp_path):
     causes = ("a cap that cuts everything", "grader fails in threads", "grader is always 0", "too hard for the base")
     for place, name in enumerate(causes):
-        told = broken((name,), tmp_path / str(place), folder_only=True)
+        told = broken((name,), tmp_path / str(place), folder_only=True, steps=8)
         assert max(row["reward/mean"] for row in told.record.trained) < 0.05, "the reward shows none of them"
         assert part_is_right(told, (name,)), (name, says(told))
         assert told.diagnosis.next_probe.startswith("keel doctor ")
@@ -56,7 +56,7 @@ def test_of_zero_reward_the_folder_tells_the_causes_apart(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FROM_THE_FOLDER)
 def test_the_folder_alone_shows(name, tmp_path):
-    told = broken((name,), tmp_path / "run", folder_only=True)
+    told = broken((name,), tmp_path / "run", folder_only=True, steps=8)
     assert told.diagnosis.verdicts[:1] == (SEEDED[name].part,), says(told)
 
 

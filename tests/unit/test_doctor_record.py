@@ -187,9 +187,9 @@ def test_stored_advantages_follow_stored_rewards(values, rewards, code):
     assert [f.fault.code for f in check.findings] == ([code] if code else [])
 
 
-def many(right, groups=60, size=8, **given):
+def many(right, groups=360, size=8, **given):
     return tuple(
-        rollout(1 + i // 10, f"p{i}", j, reward=float(right(i, j)), correct=right(i, j), **given)
+        rollout(1 + i // 60, f"p{i}", j, reward=float(right(i, j)), correct=right(i, j), **given)
         for i in range(groups)
         for j in range(size)
     )
@@ -200,8 +200,8 @@ def many(right, groups=60, size=8, **given):
     [
         (many(lambda i, j: False), "K568"),
         (many(lambda i, j: True), "K569"),
-        (many(lambda i, j: i > 20 and j == 0), None),  # it began to learn
-        (many(lambda i, j: i > 40 or j < 4), None),  # it has learned: no group is live in the end
+        (many(lambda i, j: i > 120 and j == 0), None),  # it began to learn
+        (many(lambda i, j: i > 240 or j < 4), None),  # it has learned: no group is live in the end
         (many(lambda i, j: False)[:16], None),  # too few to say
     ],
 )
