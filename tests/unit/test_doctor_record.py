@@ -102,8 +102,21 @@ def test_what_is_no_run_is_refused(tmp_path, capsys):
 def test_exit_codes_and_json(copy, capsys):
     assert main(["doctor", str(copy), "--folder-only", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert set(told) == {"source", "run", "healthy", "verdicts", "components", "named", "checks", "unknown", "next", "seconds"}
-    assert told["healthy"] and told["next"] == f"keel doctor {copy}" and told["run"]["steps"] == 3
+    assert set(told) == {
+        "source",
+        "run",
+        "healthy",
+        "asked",
+        "verdicts",
+        "components",
+        "named",
+        "checks",
+        "unknown",
+        "next",
+        "seconds",
+    }
+    assert told["healthy"] and not told["asked"] and "living system: it was not asked" in told["unknown"]
+    assert told["next"] == f"keel doctor {copy}" and told["run"]["steps"] == 3
     rows = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
     rows[2]["policy/entropy_nats"] = -0.5
     (copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

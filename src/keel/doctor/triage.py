@@ -34,6 +34,11 @@ class Triage:
     seconds: float
 
     @property
+    def asked(self) -> bool:
+        """Whether the living system was: faults of the step itself leave no trace in a folder."""
+        return any(check.name in PROBES for check in self.diagnosis.checks)
+
+    @property
     def named(self) -> list[tuple[Part, list[Finding]]]:
         """Each verdict with its findings, one for each fault, the surest first."""
         by_code = {f.fault.code: f for f in reversed(self.diagnosis.findings)}
@@ -60,6 +65,7 @@ class Triage:
             "source": self.record.source,
             "run": about(self.record),
             "healthy": diagnosis.healthy,
+            "asked": self.asked,
             "verdicts": list(diagnosis.verdicts),
             "components": list(dict.fromkeys(f.fault.component for f in diagnosis.findings)),
             "named": [
@@ -91,7 +97,7 @@ def triage(
         KeelError: the folder holds nothing of a run.
     """
     record = read(source)
-    return examined(record, () if folder_only else _living(record, step, see))
+    return examined(record, [Check(SYSTEM, "", skipped="it was not asked")] if folder_only else _living(record, step, see))
 
 
 def examined(record: Record, living: tuple[Check, ...] | list[Check] = ()) -> Triage:

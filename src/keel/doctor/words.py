@@ -49,7 +49,9 @@ def told_of_run(found: Triage) -> str:
     out = [f"keel doctor · {record.source}", *_wrapped("", _run_words(about(record))), ""]
     verdict = "; ".join(f"{part} ({', '.join(dict.fromkeys(f.fault.component for f in fs))})" for part, fs in found.named)
     holds = sum(check.holds for check in diagnosis.checks)
-    out += _wrapped("Verdict: ", verdict or f"healthy. {holds} looks at it found nothing that is broken.")
+    fine = f"healthy. {holds} looks at it found nothing that is broken."
+    silent = f"nothing found in what it left, by {holds} looks. Faults of the step itself leave no trace there."
+    out += _wrapped("Verdict: ", verdict or (fine if found.asked else silent))
     for part, findings in found.named:
         out.append("")
         for finding in findings:
