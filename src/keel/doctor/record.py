@@ -21,7 +21,8 @@ from keel.doctor.weights import Weights, newest_weights
 from keel.errors import KeelError
 from keel.objectives.advantages import Advantage, TokenWhitening, group_mean, sibling_mean
 from keel.run_folder import RunFolder
-from keel.tasks.task import Task, unchecked_task
+from keel.tasks import task as tasks
+from keel.tasks.task import Task
 from keel.types import Finish, Prompt
 
 MOST = 200_000  # completions that are read
@@ -223,7 +224,7 @@ def _task(config: RunConfig | None, unread: _Unread) -> Task | None:
     if config is None:
         return None
     try:
-        return unchecked_task(config.task)
+        return tasks.unchecked_task(config.task)
     except (KeelError, ImportError, OSError) as refused:
         unread.say(f"the task {config.task!r}: {refused}")
         return None
