@@ -269,16 +269,23 @@ def gap(arguments: list[str]) -> int:
 def doctor(arguments: list[str]) -> int:
     """examine a configuration before a run, or a run: keel doctor quickstart, keel doctor runs/mine; exit code 1 for findings"""
     parser = parser_of("doctor", doctor, settings=True)
-    parser.add_argument("source", nargs="?", default="quickstart", help="a configuration as `keel train` takes it, or a run folder")
+    parser.add_argument(
+        "source",
+        nargs="?",
+        default="quickstart",
+        help="a configuration as `keel train` takes it, a run folder, or a fault such as K620",
+    )
     parser.add_argument(
         "--probe", action="append", default=[], metavar="NAME", help="ask this one alone (several: repeat; list: all)"
     )
-    parser.add_argument("--step", type=int, help="with --probe, of a run: the checkpoint of this step, not the newest")
+    parser.add_argument("--step", type=int, help="of a run: the weights of this checkpoint (with --probe, else the newest)")
+    parser.add_argument("--folder-only", action="store_true", help="of a run: read what it left, and ask the living system nothing")
     parser.add_argument("--json", action="store_true", help="print as JSON on stdout")
     options, overrides = read(parser, arguments)
     from keel.doctor.command import run
 
-    return run(options.source, overrides, probes=options.probe, step=options.step, as_json=options.json)
+    told = dict(probes=options.probe, step=options.step, folder_only=options.folder_only, as_json=options.json)
+    return run(options.source, overrides, **told)
 
 
 # ── grade ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
