@@ -9,6 +9,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from keel.config import RunConfig  # noqa: E402
+from keel.models.load import silence  # noqa: E402
 from keel.models.lora import LoraConfig, wrap  # noqa: E402
 from keel.models.policy import Policy  # noqa: E402
 from keel.models.templates import Template  # noqa: E402
@@ -71,7 +72,7 @@ class Stored:
 
 
 def make_policy(kind="qwen3", double=True, lora=False, **computing):
-    model = tiny_model(kind)
+    model = silence(tiny_model(kind))
     if lora:
         model = wrap(model, LoraConfig(rank=4), seed=3)
     model = model.double() if double else model

@@ -32,12 +32,11 @@ POLICIES = {
     "adapters": dict(lora=True),
     "recomputed": dict(recompute=True),
     "recomputed by transformers": dict(kind="gpt2", recompute=True),
-    "bf16": dict(double=False, products=torch.bfloat16),
 }
 CASES = {f"recipe {name}": (name, UNEQUAL, "plain", {}) for name in sorted(RECIPES)}
 CASES |= {f"policy {name}": ("grpo", UNEQUAL[:6], name, {}) for name in POLICIES if name not in ("plain", "fp32")}
 CASES |= {
-    "policy fp32": ("solid", UNEQUAL, "fp32", {}),
+    "policy fp32": ("solid", UNEQUAL, "fp32", {"lr": 1e-4}),
     "a rank without completions": ("solid", LONELY, "plain", {}),
     "unequal micro-batches": ("dapo", LOPSIDED, "plain", {"micro_batch_tokens": 12}),
     "clipped": ("solid", UNEQUAL[:4], "plain", {"max_grad_norm": 1e-3}),
