@@ -82,11 +82,11 @@ def make_policy(kind="qwen3", double=True, lora=False, **computing):
 TASK = get_task("arithmetic:easy")
 
 
-def trainer_of(policy, name, batches, ranks=ALONE, first=0, **train):
+def trainer_of(policy, name, batches, ranks=ALONE, **train):
     settings = dict(updates_per_batch=1, lr=3e-3, micro_batch_tokens=40, weight_decay=0.01, group_size=4) | train
     config = RunConfig(recipe=name, steps=len(batches), train=settings, sampling={"max_completion_tokens": CAP}).resolved()
     trainer = Trainer(policy, LocalEngine(policy), TASK, recipe(name), config, ranks)
-    trainer._rollouts = Stored(batches, first)
+    trainer._rollouts = Stored(batches)
     return trainer
 
 

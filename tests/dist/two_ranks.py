@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import torch
-from stored import TASK, groups_of, make_policy, trained, trainer_of
+from stored import TASK, Stored, groups_of, make_policy, trained, trainer_of
 
 from keel.config import RunConfig
 from keel.errors import KeelError
@@ -82,9 +82,10 @@ def saved(trainer, folder, ranks):
 
 
 def restored(folder, ranks, first):
-    trainer = trainer_of(make_policy(), "grpo", UNEQUAL[:9], ranks, first)
+    trainer = trainer_of(make_policy(), "grpo", UNEQUAL[:9], ranks)
     _, tensors, state = checkpoint.load(folder, like=trainer.cut_tensors(), ranks=ranks)
     trainer.restore(tensors, state["clocks"])
+    trainer._rollouts = Stored(UNEQUAL[:9], first)  # restoring ends what sampled before
     return trainer
 
 
