@@ -1,12 +1,12 @@
 """What two ranks do in the tests: every scenario on both, one after another, so that starting up is paid once."""
 
-import dataclasses
+from dataclasses import replace
 import sys
 import time
 from pathlib import Path
 
 import torch
-from stored import TASK, groups_of, make_policy, trained, trainer_of
+from stored import TASK, Stored, groups_of, make_policy, trained, trainer_of
 
 from keel.config import RunConfig
 from keel.errors import KeelError
@@ -32,12 +32,11 @@ POLICIES = {
     "adapters": dict(lora=True),
     "recomputed": dict(recompute=True),
     "recomputed by transformers": dict(kind="gpt2", recompute=True),
-    "bf16": dict(double=False, products=torch.bfloat16),
 }
 CASES = {f"recipe {name}": (name, UNEQUAL, "plain", {}) for name in sorted(RECIPES)}
 CASES |= {f"policy {name}": ("grpo", UNEQUAL[:6], name, {}) for name in POLICIES if name not in ("plain", "fp32")}
 CASES |= {
-    "policy fp32": ("solid", UNEQUAL, "fp32", {}),
+    "policy fp32": ("solid", UNEQUAL, "fp32", {"lr": 1e-4}),
     "a rank without completions": ("solid", LONELY, "plain", {}),
     "unequal micro-batches": ("dapo", LOPSIDED, "plain", {"micro_batch_tokens": 12}),
     "clipped": ("solid", UNEQUAL[:4], "plain", {"max_grad_norm": 1e-3}),
@@ -61,7 +60,7 @@ class Breaking(Policy):
 
     def logp(self, *given, **named):
         seen = super().logp(*given, **named)
-        return dataclasses.replace(seen, logp=seen.logp * float("nan")) if self.broken else seen
+        return replace(seen, logp=seen.logp * float("nan")) if self.broken else seen
 
 
 def broken_on_one(ranks):
@@ -83,9 +82,10 @@ def saved(trainer, folder, ranks):
 
 
 def restored(folder, ranks, first):
-    trainer = trainer_of(make_policy(), "grpo", UNEQUAL[:9], ranks, first)
+    trainer = trainer_of(make_policy(), "grpo", UNEQUAL[:9], ranks)
     _, tensors, state = checkpoint.load(folder, like=trainer.cut_tensors(), ranks=ranks)
     trainer.restore(tensors, state["clocks"])
+    trainer._rollouts = Stored(UNEQUAL[:9], first)  # restoring ends what sampled before
     return trainer
 
 
@@ -159,14 +159,18 @@ def scenarios(ranks, folder):
 
 
 def main(folder, *modes):
-    for parallel in modes:
-        with joined(parallel, "cpu", 60.0) as ranks:
-            told = {}
-            for name, act in scenarios(ranks, folder / f"checkpoints-{parallel}").items():
-                begin = time.monotonic()
-                told[name] = act()
-                print(f"{parallel} {name}: {time.monotonic() - begin:.1f} s", flush=True)
-            torch.save(told, folder / f"{parallel}-{ranks.rank}.pt")
+    with joined("ddp", "cpu", 60.0) as ranks:
+        for parallel in modes:
+            tell(replace(ranks, sharded=parallel == "fsdp"), parallel, folder)
+
+
+def tell(ranks, parallel, folder):
+    told = {}
+    for name, act in scenarios(ranks, folder / f"checkpoints-{parallel}").items():
+        begin = time.monotonic()
+        told[name] = act()
+        print(f"{parallel} {name}: {time.monotonic() - begin:.1f} s", flush=True)
+    torch.save(told, folder / f"{parallel}-{ranks.rank}.pt")
 
 
 if __name__ == "__main__":
