@@ -72,10 +72,10 @@ class Given:
         return max(len(prompt.token_ids) for prompt in self.prompts)
 
 
-def give(work: Work, steps: int) -> Given:
+def give(work: Work, steps: int, seed: int = SEED) -> Given:
     """Load the work for `steps` steps. keel's own stream decides the order of prompts; TRL is handed the same."""
     policy, task = load_policy(work.model), get_task(work.task)
-    prompts = PromptStream(task.train, SEED).take(work.prompts * steps)
+    prompts = PromptStream(task.train, seed).take(work.prompts * steps)
     return Given(policy, task, [policy.template.render(prompt, policy.tokenizer) for prompt in prompts])
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -55,6 +53,7 @@ def rows_of(
     )
 
 
-def refuse(framework: str, found: str, todo: str) -> NoReturn:
-    """Raise what cannot be said to a framework, in the shape of all of keel's errors."""
-    raise KeelError(f"{framework} {found}. {todo}")
+def refuse_beyond(framework: str, name: str, missing: list[str]) -> None:
+    """Raise what stands between a recipe and a framework's functions, where there is something."""
+    if missing:
+        raise KeelError(f"{framework} cannot hold {name}: {'; '.join(missing)}. Expected a recipe without that; change that part.")

@@ -8,7 +8,8 @@ denominator over the whole optimizer step: gradient accumulation and ranks chang
 `args`: how many updates a batch (`steps_per_generation`, `num_iterations`), sampling, the optimizer. TRL has no dynamic sampling,
 and deals the rows of a batch out to its updates at random.
 
-Written for TRL 1.16: `_generate_and_score_completions`, `_calculate_rewards`, `_prepare_inputs` and `_compute_loss` of GRPOTrainer.
+Written for TRL 1.16: `_generate_and_score_completions`, `_calculate_rewards`, `_prepare_inputs` and `_compute_loss` of
+GRPOTrainer.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ try:
     from trl import GRPOConfig, GRPOTrainer
 except ImportError as missing:
     raise KeelError(
-        f"keel's objectives in TRL need the package trl, which cannot be imported ({missing}). Install it: pip install 'keel-rl[peers]'."
+        f"keel's objectives in TRL need the package trl, which cannot be imported ({missing}). "
+        "Install it: pip install 'keel-rl[peers]'."
     ) from missing
 
 GROUP = "keel_group"  # the column that says which prompt a row is
@@ -182,9 +184,9 @@ def _with_loss_off(args: GRPOConfig, objective: Objective) -> GRPOConfig:
         )
     if args.steps_per_generation % args.gradient_accumulation_steps:
         raise KeelError(
-            f"steps_per_generation is {args.steps_per_generation} and gradient_accumulation_steps {args.gradient_accumulation_steps}: "
-            "an optimizer step would take rows of two rollout batches, and its denominators would not be known when it begins. Expected "
-            "a multiple."
+            f"steps_per_generation is {args.steps_per_generation} and gradient_accumulation_steps is "
+            f"{args.gradient_accumulation_steps}: an optimizer step would take rows of two rollout batches, and its denominators "
+            "would not be known when it begins. Expected a multiple."
         )
     args = copy.copy(args)
     args.beta = 1.0 if "logp_ref" in objective.needs else 0.0

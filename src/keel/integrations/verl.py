@@ -1,10 +1,10 @@
 """keel's objectives in verl: policy losses and advantage estimators in verl's own two registries, under the name keel_RECIPE.
 
 verl calls an estimator with the rewards of the whole batch, and a policy loss with a micro-batch and the numbers of the whole
-mini-batch over all ranks (`config.global_batch_info`): those are the denominators. What verl adds to a policy loss by itself, the KL
-and the entropy bonus, stays verl's; so does a KL in the reward. `settings` says which of verl's knobs a recipe takes, and a policy loss
-refuses a configuration that says otherwise, since it would be another objective. The engine gap reaches a policy loss as the logarithm
-of verl's own correction weights: token weights whose bound does not bind.
+mini-batch over all ranks (`config.global_batch_info`): those are the denominators. What verl adds to a policy loss by itself,
+the KL and the entropy bonus, stays verl's; so does a KL in the reward. `settings` says which of verl's knobs a recipe takes,
+and a policy loss refuses a configuration that says otherwise, since it would be another objective. The engine gap reaches a
+policy loss as the logarithm of verl's own correction weights: token weights whose bound does not bind.
 
 VERL_USE_EXTERNAL_MODULES=keel.integrations.verl_plugin, or keel installed beside verl, registers every recipe that verl can hold;
 `register` one of your own. Written for verl 0.9.1: trainer/ppo/core_algos.py, workers/utils/losses.py.
@@ -25,7 +25,7 @@ from torch import Tensor
 from keel.audit.peers.defaults import VERL_VERSION
 from keel.audit.peers.verl_reading import ACTOR, CORRECTION, MODE
 from keel.errors import KeelError
-from keel.integrations.objectives import rows_of
+from keel.integrations.objectives import refuse_beyond, rows_of
 from keel.objectives.aggregate import constant_length_mean, sequence_mean, token_mean
 from keel.objectives.kl import LossKL, RewardKL, k1, k2, k3, k3_clamped, per_token
 from keel.objectives.objective import Objective
@@ -53,9 +53,7 @@ def register(recipe: Recipe) -> str:
         KeelError: verl is missing or another version, or the recipe has what verl hands neither of them.
     """
     _refuse_version()
-    missing = beyond(recipe.objective)
-    if missing:
-        raise KeelError(f"verl cannot hold {recipe.name}: {'; '.join(missing)}. Expected a recipe without that; change that part.")
+    refuse_beyond("verl", recipe.name, beyond(recipe.objective))
     from verl.trainer.ppo.core_algos import register_adv_est, register_policy_loss
 
     register_policy_loss(name_of(recipe))(policy_loss(recipe))
@@ -69,7 +67,7 @@ def name_of(recipe: Recipe) -> str:
 
 
 def beyond(objective: Objective) -> list[str]:
-    """What verl does not hand to a policy loss or an advantage estimator, each in a phrase; empty when it can hold the objective."""
+    """What verl hands neither to a policy loss nor to an advantage estimator, each in a phrase; empty when it can hold all."""
     reward, loss = objective.reward_kl, objective.loss_kl
     found = {
         "its aggregate needs counts of each group or sign": objective.aggregate not in AGGREGATES,
@@ -84,7 +82,7 @@ def beyond(objective: Objective) -> list[str]:
 
 
 def settings(recipe: Recipe, max_tokens: int | None) -> dict[str, Any]:
-    """The knobs of verl, by dotted name, with which its own parts of the objective are the recipe's. k3 in the loss is clamped by verl.
+    """The knobs of verl, by dotted name, with which its own parts of the objective are the recipe's; it clamps k3 in the loss.
 
     Args:
         max_tokens: `data.max_response_length`.
@@ -94,7 +92,7 @@ def settings(recipe: Recipe, max_tokens: int | None) -> dict[str, Any]:
     knobs |= {ACTOR + "loss_agg_mode": AGGREGATES[objective.aggregate], ACTOR + "entropy_coeff": objective.entropy_coef}
     if objective.aggregate is constant_length_mean:
         knobs[ACTOR + "loss_scale_factor"] = max_tokens
-    knobs |= _loss_kl_knobs(objective.loss_kl) | _reward_kl_knobs(objective.reward_kl)
+    knobs |= loss_kl_knobs(objective.loss_kl) | reward_kl_knobs(objective.reward_kl)
     if reads_gap(objective):
         knobs |= {CORRECTION + "rollout_is": "token", CORRECTION + "rollout_is_threshold": IDLE_BOUND}
     return knobs
@@ -133,7 +131,7 @@ def policy_loss(recipe: Recipe) -> Loss:
 
 @cache
 def advantage_estimator(objective: Objective) -> Estimator:
-    """The objective's shaping and advantages in the signature of verl's: token rewards, a KL penalty in them, to (advantage, return)."""
+    """The objective's shaping and advantages in the signature of verl's: token rewards, KL paid, to (advantage, return)."""
 
     def estimate(
         token_level_rewards: Float[Tensor, "B T"], response_mask: Tensor, index: Any, config: Any = None, **_: Any
@@ -178,13 +176,13 @@ def _metrics(clipped: Tensor, drift: Tensor, mask: Tensor) -> dict[str, float]:
     return {"actor/pg_clipfrac": float(clipped.sum() / tokens), "actor/ppo_kl": float(keep(drift, mask).sum() / tokens)}
 
 
-def _loss_kl_knobs(kl: LossKL | None) -> dict[str, Any]:
+def loss_kl_knobs(kl: LossKL | None) -> dict[str, Any]:
     if kl is None:
         return {ACTOR + "use_kl_loss": False}
     return {ACTOR + "use_kl_loss": True, ACTOR + "kl_loss_coef": kl.kl_coef, ACTOR + "kl_loss_type": KL_NAMES[kl.estimator]}
 
 
-def _reward_kl_knobs(kl: RewardKL | None) -> dict[str, Any]:
+def reward_kl_knobs(kl: RewardKL | None) -> dict[str, Any]:
     if kl is None:
         return {"algorithm.use_kl_in_reward": False}
     own = {"algorithm.kl_penalty": KL_NAMES[kl.estimator], "algorithm.kl_ctrl.kl_coef": kl.kl_coef}
@@ -208,8 +206,8 @@ def _refuse_other_knobs(recipe: Recipe, mode: str, config: Any) -> None:
 def _refuse_missing_gap(recipe: Recipe, weights: Tensor | None) -> None:
     if weights is None and reads_gap(recipe.objective):
         raise KeelError(
-            f"{name_of(recipe)} corrects the engine gap, and verl hands it no weights. Expected {CORRECTION}rollout_is: token, with "
-            f"rollout_is_threshold: {IDLE_BOUND:g} so that verl's own bound does not bind."
+            f"{name_of(recipe)} corrects the engine gap, and verl hands it no weights. Expected {CORRECTION}rollout_is: token, "
+            f"with rollout_is_threshold: {IDLE_BOUND:g} so that verl's own bound does not bind."
         )
 
 
@@ -218,7 +216,7 @@ def _refuse_other_reward_kl(objective: Objective, config: Any) -> None:
     if config is not None and wanted != on:
         raise KeelError(
             f"algorithm.use_kl_in_reward is {on}, and the objective has {'a' if wanted else 'no'} KL in its reward. Expected "
-            f"{', '.join(f'{name}: {value}' for name, value in _reward_kl_knobs(objective.reward_kl).items())}; set that."
+            f"{', '.join(f'{name}: {value}' for name, value in reward_kl_knobs(objective.reward_kl).items())}; set that."
         )
 
 
@@ -227,8 +225,8 @@ def _refuse_version() -> None:
         found = importlib.metadata.version("verl")
     except importlib.metadata.PackageNotFoundError as missing:
         raise KeelError(
-            f"Registering losses with verl needs verl, which is not installed. Install it: pip install --no-deps verl=={VERL_VERSION}, "
-            "and what it asks for."
+            "Registering losses with verl needs verl, which is not installed. Install it: "
+            f"pip install --no-deps verl=={VERL_VERSION}, and what it asks for."
         ) from missing
     if found.split(".")[:2] != VERL_VERSION.split(".")[:2]:
         raise KeelError(
