@@ -150,7 +150,7 @@ def compare(curves: dict[str, list[dict[str, list[float]]]]) -> list[dict]:
         row["p_holm"] = corrected
         row["text"] = (
             f"{row['recipe']:<6} {row['part']:<9} keel {row['keel']:.3f} ± {row['seed_sd']:.3f}, TRL {row['trl']:.3f}; "
-            f"{row['trl'] - row['keel']:+.3f} (95 %: {row['low']:+.3f} – {row['high']:+.3f}), p {row['p']:.2f}, Holm {corrected:.2f}"
+            f"difference {row['trl'] - row['keel']:+.3f} (95 %: {row['low']:+.3f} – {row['high']:+.3f}), Holm's p {corrected:.2f}"
         )
     return rows
 

@@ -381,7 +381,7 @@ def view(arguments: list[str]) -> int:
 # ── export ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def export(arguments: list[str]) -> int | None:
+def export(arguments: list[str]) -> int:
     """write a run as a plain folder, or a recipe as an engine's configuration: keel export runs/mine, keel export dapo --to trl"""
     parser = parser_of("export", export, settings=True)
     parser.add_argument("source", help="the run folder; with --to a configuration as `keel train` takes it")
@@ -390,20 +390,9 @@ def export(arguments: list[str]) -> int | None:
     parser.add_argument("--to", metavar="ENGINE", help="trl, verl, prime-rl or slime; what it cannot express is named on stderr")
     parser.add_argument("--adapter", action="store_true", help="with --to trl or verl: name keel's own loss, and not their knobs")
     options, overrides = read(parser, arguments)
-    if options.to:
-        from keel.integrations.command import run
+    from keel.integrations.command import run
 
-        return run(options.source, overrides, engine=options.to, out=options.out, adapter=options.adapter)
-    if overrides or options.adapter:
-        given = ", ".join([*overrides, *(["--adapter"] if options.adapter else [])])
-        raise KeelError(f"keel export came with {given}. Expected settings only with --to ENGINE: a run keeps its own.")
-    from keel.run_folder import RunFolder
-
-    folder = RunFolder.open(options.source)
-    from keel.models.export import export as write
-    from keel.run import trained_policy
-
-    print(write(trained_policy(folder, options.step), options.out or folder.path / "export"))
+    return run(options, overrides)
 
 
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
