@@ -24,6 +24,7 @@ from keel.integrations.export import ENGINES, write
 from keel.objectives.objective import Objective
 from keel.objectives.parts import vary
 from keel.objectives.recipes import RECIPES, recipe
+from keel.tasks.task import get_task
 
 # what TRL's and verl's own knobs do not express of a recipe: the fields, and knobs that mean something else; the rest they do
 LOST = {
@@ -298,6 +299,12 @@ def test_without_trl_its_adapter_says_how_to_get_it():
 def test_without_verl_its_registry_says_how_to_get_it():
     with pytest.raises(KeelError, match="pip install --no-deps verl=="):
         verl.register(recipe("dapo"))
+
+
+@pytest.mark.skipif(installed("verifiers"), reason="verifiers is installed")
+def test_without_verifiers_its_task_says_how_to_get_it():
+    with pytest.raises(KeelError, match=r"pip install 'keel-rl\[verifiers\]'"):
+        get_task("verifiers:wordle")
 
 
 def test_verl_is_told_what_it_cannot_hold_before_it_is_looked_for():

@@ -8,8 +8,8 @@ A taskset that verifiers, and with it prime-rl, finds by the name of your module
     MySums = taskset("arithmetic:medium")
     __all__ = ["MySums"]
 
-The other way round, `--task "verifiers:PACKAGE?gold=answer"` trains on an installed taskset. Its rewards are run on a trace that holds
-the completion as the only turn, so that tasks with tools, containers or rewards that look into a running one are refused.
+The other way round, `--task "verifiers:PACKAGE?gold=answer"` trains on an installed taskset. Its rewards are run on a trace that
+holds the completion as the only turn, so that tasks with tools, containers or rewards that look into a running one are refused.
 
 Written for verifiers 0.4 (`verifiers.v1`).
 """
