@@ -94,6 +94,17 @@ def told(err: str) -> list[str]:
     return [line.strip() for line in err.splitlines()[1:]]
 
 
+@pytest.mark.parametrize("name", [name for name, one in RECIPES.items() if not verl.beyond(one.objective)])
+def test_verls_file_with_keels_loss_reads_back_as_the_recipe(name, tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    assert ran(capsys, "export", name, str(file), "--to", "verl", "--adapter")[0] == 0
+    found = translate("verl", file)
+    clamped = [item.knob.rpartition(".")[2] for item in found.beyond]
+    assert (found.recipe, found.differences, clamped) == (name, (), ["kl_loss_type"] if name == "grpo" else [])
+    file.write_text(file.read_text().replace(f"adv_estimator: keel_{name}", "adv_estimator: grpo"))
+    assert "advantages are not those" in translate("verl", file).beyond[0].says
+
+
 @pytest.mark.parametrize("engine", LOST)
 def test_changed_parts_and_settings_are_written_too(engine, tmp_path, capsys):
     file = tmp_path / "run.yaml"

@@ -69,7 +69,8 @@ def _verl(recipe: Recipe, config: RunConfig, adapter: bool) -> Written:
     if adapter:
         refuse_beyond("verl", recipe.name, verl.beyond(recipe.objective))
         knobs = loop | verl.settings(recipe, config.sampling.max_completion_tokens)
-        return Written(_yaml(_nested(knobs), "# VERL_USE_EXTERNAL_MODULES=keel.integrations.verl_plugin registers its losses"), ())
+        note = "# VERL_USE_EXTERNAL_MODULES=keel.integrations.verl_plugin registers its losses"
+        return Written(_yaml(_nested(knobs), note), _lost(recipe, read_verl(knobs)))
     knobs = verl_knobs.of_objective(recipe.objective, config) | loop
     return Written(_yaml(_nested(knobs), f"# {recipe.name} in verl's own knobs"), _lost(recipe, read_verl(knobs)))
 

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from keel.audit.peers.defaults import VERL_VERSION
-from keel.audit.peers.verl_reading import ACTOR, CORRECTION, MODE
+from keel.audit.peers.verl_reading import ACTOR, CORRECTION, KEELS, MODE
 from keel.errors import KeelError
 from keel.integrations.objectives import refuse_beyond, rows_of
 from keel.objectives.aggregate import constant_length_mean, sequence_mean, token_mean
@@ -63,7 +63,7 @@ def register(recipe: Recipe) -> str:
 
 def name_of(recipe: Recipe) -> str:
     """What a recipe is called in verl's registries."""
-    return f"keel_{recipe.name}"
+    return KEELS + recipe.name
 
 
 def beyond(objective: Objective) -> list[str]:
