@@ -214,7 +214,7 @@ def weights_after_a_step(folder, name, ranks):
     own = [shared | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}) for rank in range(ranks)]
     workers = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", script], env=env, cwd=here) for env in own]
     try:
-        assert [worker.wait(timeout=240) for worker in workers] == [0] * ranks
+        assert [worker.wait(timeout=600) for worker in workers] == [0] * ranks
     finally:
         for worker in workers:
             worker.kill()
@@ -245,6 +245,25 @@ def test_two_ranks_make_the_step_that_one_makes(name, tmp_path):
     one, two = (weights_after_a_step(tmp_path, name, ranks) for ranks in (1, 2))
     before = torch.cat([p.detach().flatten() for p in sampler().parameters().values()])
     assert_same(two - before, one - before)
+
+
+# ── configurations ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_keel_writes_is_a_grpo_config_of_trls(name, tmp_path):
+    import yaml
+    from trl import GRPOConfig
+
+    from keel.config import load_config
+    from keel.integrations.export import write
+    from keel.integrations.trl import _with_loss_off
+
+    own, adapter = (yaml.safe_load(write("trl", load_config(name, {}), adapter=on).text) for on in (False, True))
+    made = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **own)
+    assert made.generation_batch_size == 256 * recipe(name).updates_per_batch
+    loop = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **adapter)
+    assert _with_loss_off(loop, recipe(name).objective).loss_type == GRPOConfig(output_dir=str(tmp_path), bf16=False).loss_type
 
 
 # ── refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -59,7 +59,8 @@ def _trl(recipe: Recipe, config: RunConfig, adapter: bool) -> Written:
     loop = trl_knobs.of_loop(config)
     if adapter:
         note = f"# for KeelGRPOTrainer(objective={recipe.name!r}, …) of keel.integrations.trl: the loss is keel's"
-        return Written(_yaml(loop, note), _habits(recipe, dynamic="TRL does not sample until groups are live"))
+        lost = _habits(recipe, dynamic="TRL does not sample until groups are live")
+        return Written(_yaml(loop, note), (*lost, *_changed(config)))
     knobs = trl_knobs.of_objective(recipe.objective) | loop
     return Written(_yaml(knobs, f"# {recipe.name} in TRL's own knobs"), _lost(recipe, read_trl(knobs)))
 

@@ -102,7 +102,8 @@ def _corrections(corrections: tuple[Correction, ...]) -> dict[str, Any]:
     if weighing is not None:
         high = weighing.cap if isinstance(weighing, TruncateToken | TruncateSequence) else weighing.high
         knobs |= {VLLM + "mode": MODES[type(weighing)], VLLM + "clip_max": high if math.isfinite(high) else None}
-        knobs |= {VLLM + "clip_min": weighing.low} if getattr(weighing, "low", 0.0) else {}
+        if getattr(weighing, "low", 0.0) or not math.isfinite(high):  # TRL wants at least one bound
+            knobs[VLLM + "clip_min"] = getattr(weighing, "low", 0.0)
     masked = next((c for c in corrections if isinstance(c, OffPolicyMask)), None)
     if masked is not None:
         knobs |= {"off_policy_mask_threshold": masked.delta, "use_vllm": weighing is not None or masked.against_sampler}
