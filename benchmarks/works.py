@@ -78,11 +78,11 @@ class Given:
         return max(len(prompt.token_ids) for prompt in self.prompts)
 
 
-def give(work: Work, steps: int) -> Given:
+def give(work: Work, steps: int, seed: int = SEED) -> Given:
     """Load the work for `steps` steps. keel's own stream decides the order of prompts; TRL is handed the same."""
     products = torch.bfloat16 if work.dtype == "bf16" else None  # TRL computes in its own way, by its own setting
     policy, task = load_policy(work.model, device=work.device, products=products), get_task(work.task)
-    prompts = PromptStream(task.train, SEED).take(work.prompts * steps)
+    prompts = PromptStream(task.train, seed).take(work.prompts * steps)
     return Given(policy, task, [policy.template.render(prompt, policy.tokenizer) for prompt in prompts])
 
 

@@ -392,20 +392,18 @@ def view(arguments: list[str]) -> int:
 # ── export ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def export(arguments: list[str]) -> None:
-    """write a run's policy as a plain transformers folder, adapters merged: keel export runs/mine"""
-    parser = parser_of("export", export)
-    parser.add_argument("run", help="the run folder")
-    parser.add_argument("out", nargs="?", help="the new folder (default: RUN/export)")
-    parser.add_argument("--step", type=int, help="the checkpoint of this step, not the newest")
-    options = parser.parse_args(arguments)
-    from keel.run_folder import RunFolder
+def export(arguments: list[str]) -> int:
+    """write a run as a plain folder, or a recipe as an engine's configuration: keel export runs/mine, keel export dapo --to trl"""
+    parser = parser_of("export", export, settings=True)
+    parser.add_argument("source", help="the run folder; with --to a configuration as `keel train` takes it")
+    parser.add_argument("out", nargs="?", help="the new folder (default: RUN/export); with --to the new file (default: printed)")
+    parser.add_argument("--step", type=int, help="of a run: the checkpoint of this step, not the newest")
+    parser.add_argument("--to", metavar="ENGINE", help="trl, verl, prime-rl or slime; what it cannot express is named on stderr")
+    parser.add_argument("--adapter", action="store_true", help="with --to trl or verl: name keel's own loss, and not their knobs")
+    options, overrides = read(parser, arguments)
+    from keel.integrations.command import run
 
-    folder = RunFolder.open(options.run)
-    from keel.models.export import export as write
-    from keel.run import trained_policy
-
-    print(write(trained_policy(folder, options.step), options.out or folder.path / "export"))
+    return run(options, overrides)
 
 
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {

@@ -18,7 +18,7 @@ FLOORS = [  # a room may import from its own floor and from those above it in th
     {"training", "evaluate", "writers", "progress", "stopping", "curves", "summary", "data"},
     {"manifest", "run_folder"},
     {"run"},
-    {"audit", "gap", "grade", "lab", "doctor"},
+    {"audit", "gap", "grade", "lab", "doctor", "integrations"},
     {"report"},
     {"arguments", "commands", "cli", "__init__", "__main__"},
 ]
