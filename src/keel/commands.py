@@ -263,17 +263,23 @@ def gap(arguments: list[str]) -> int:
 
 
 def doctor(arguments: list[str]) -> int:
-    """examine a configuration before a run, or a run: keel doctor quickstart, keel doctor runs/mine; exit code 1 for findings"""
+    """examine a configuration, a run or a log: keel doctor quickstart, runs/mine, trainer_state.json; exit code 1 for findings"""
     parser = parser_of("doctor", doctor, settings=True)
-    parser.add_argument("source", nargs="?", default="quickstart", help="a configuration as `keel train` takes it, or a run folder")
+    what = "a configuration as `keel train` takes it, a run folder, or the metrics of another framework: a file or a folder"
+    parser.add_argument("source", nargs="?", default="quickstart", help=what)
+    parser.add_argument(
+        "--from", default="", dest="framework", metavar="NAME", help="whose metrics: trl or verl (found by their names)"
+    )
     parser.add_argument(
         "--probe", action="append", default=[], metavar="NAME", help="ask this one alone (several: repeat; list: all)"
     )
     parser.add_argument("--step", type=int, help="with --probe, of a run: the checkpoint of this step, not the newest")
     parser.add_argument("--json", action="store_true", help="print as JSON on stdout")
     options, overrides = read(parser, arguments)
-    from keel.doctor.command import run
+    from keel.doctor.command import is_foreign, run, run_on_log
 
+    if options.framework or is_foreign(options.source):
+        return run_on_log(options.source, options.framework, overrides, as_json=options.json)
     return run(options.source, overrides, probes=options.probe, step=options.step, as_json=options.json)
 
 

@@ -89,7 +89,7 @@ class Seeded:
 
 @contextmanager
 def planted(*names: str, table: dict[str, Seeded] | None = None) -> Iterator[dict[str, Any]]:
-    """Plant these faults of `SEEDED`, or of another table, hand out the settings with which they show, and mend everything at the end."""
+    """Plant these faults of `SEEDED`, or of another table, hand out settings with which they show, and mend all at the end."""
     ground, table = Ground(), SEEDED if table is None else table
     try:
         for name in names:

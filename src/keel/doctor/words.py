@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 
 from keel.doctor.card import CONDITIONS, Card
 from keel.doctor.finding import Check, Finding
+from keel.doctor.foreign import Log
 
 MARK = {"ok": "✓", "broken": "✗", "chosen": "·", "unknown": "?"}
 WIDTH = 118
@@ -22,6 +24,17 @@ def told(card: Card) -> str:
             out += _wrapped(f"  {MARK[line.state]} {line.name}: ", f"{line.value}{bound}")
         out.append("")
     return "\n".join([*out, *_verdict(card)])
+
+
+def told_of_log(log: Log, checks: Sequence[Check]) -> str:
+    """What another framework's metrics say, and what they cannot."""
+    names = len({name for row in log.rows for name in row}) - 1
+    out = [f"keel doctor · {log.source}", "", f"{len(log.rows)} rows of {log.framework}, {names} metrics under keel's names"]
+    out += [check_words(check) for check in checks]
+    for sentence in log.missing:
+        out += _wrapped("not known: ", sentence)
+    healthy = not any(check.findings for check in checks)
+    return "\n".join([*out, "Nothing in these metrics is impossible." if healthy else "Broken: see above."])
 
 
 def _verdict(card: Card) -> list[str]:
