@@ -20,7 +20,7 @@ FLOORS = [  # a room may import from its own floor and from those above it in th
     {"run"},
     {"audit", "gap", "grade", "lab", "doctor", "integrations"},
     {"report"},
-    {"arguments", "commands", "cli", "__init__", "__main__"},
+    {"arguments", "papers", "commands", "cli", "__init__", "__main__"},
 ]
 KNOWS_ONLY = {
     "diagnostics": {"types", "objectives", "errors"},

@@ -13,6 +13,7 @@ from keel.doctor.finding import Check
 from keel.doctor.pages import page
 from keel.errors import KeelError
 from keel.files import json_of
+from keel.settings import nested
 
 FAULT = re.compile(r"K\d{3}")
 
@@ -45,6 +46,38 @@ def run(source: str, overrides: dict[str, Any], *, probes: list[str], step: int 
     if folder and not probes:
         return _triage(source, step, folder_only, as_json)
     return _examined(source, overrides, folder, probes, step, as_json)
+
+
+def is_foreign(source: str) -> bool:
+    """Whether it is a file or folder of metrics that no run or configuration of keel's own is."""
+    if os.path.isdir(source):
+        return not any(os.path.isfile(os.path.join(source, name)) for name in ("config.toml", "manifest.json", "metrics.jsonl"))
+    return os.path.isfile(source) and not source.endswith(".toml")
+
+
+def run_on_log(source: str, framework: str, overrides: dict[str, Any], *, as_json: bool) -> int:
+    """The command on another framework's metrics.
+
+    Args:
+        framework: trl or verl; "" = by the names in the log.
+        overrides: of the settings, `train.updates_per_batch` says what a log does not.
+
+    Returns:
+        0 where nothing was found, 1 where something was.
+    """
+    from keel.doctor.card import check_json
+    from keel.doctor.foreign import checks, read
+    from keel.doctor.words import told_of_log
+
+    updates = nested(overrides).get("train", {}).get("updates_per_batch")
+    log = read(source, framework)
+    seen = checks(log, updates)
+    if as_json:
+        told = {"framework": log.framework, "rows": len(log.rows), "unmapped": log.unmapped, "missing": log.missing}
+        print(json_of({"source": source, **told, "checks": [check_json(check) for check in seen]}))
+    else:
+        print(told_of_log(log, seen))
+    return int(any(check.findings for check in seen))
 
 
 def _examined(source: str, overrides: dict[str, Any], folder: bool, probes: list[str], step: int | None, as_json: bool) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from keel.doctor.card import CONDITIONS, Card
 from keel.doctor.finding import Check, Finding
+from keel.doctor.foreign import Log
 from keel.doctor.triage import Triage, about, page_of
 
 MARK = {"ok": "✓", "broken": "✗", "chosen": "·", "unknown": "?"}
@@ -27,6 +28,17 @@ def told(card: Card) -> str:
             out += _wrapped(f"  {MARK[line.state]} {line.name}: ", f"{line.value}{bound}")
         out.append("")
     return "\n".join([*out, *_verdict(card)])
+
+
+def told_of_log(log: Log, checks: Sequence[Check]) -> str:
+    """What another framework's metrics say, and what they cannot."""
+    names = len({name for row in log.rows for name in row}) - 1
+    out = [f"keel doctor · {log.source}", "", f"{len(log.rows)} rows of {log.framework}, {names} metrics under keel's names"]
+    out += [check_words(check) for check in checks]
+    for sentence in log.missing:
+        out += _wrapped("not known: ", sentence)
+    healthy = not any(check.findings for check in checks)
+    return "\n".join([*out, "Nothing in these metrics is impossible." if healthy else "Broken: see above."])
 
 
 def _verdict(card: Card) -> list[str]:
