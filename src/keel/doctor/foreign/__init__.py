@@ -58,7 +58,7 @@ def read(path: str | Path, framework: str = "") -> Log:
             f"The metrics in {str(path)!r} ({shown} …) are not known as those of {' or '.join(FRAMEWORKS)}"
             f"{f', and --from says {framework!r}' if framework else ''}. Expected a log of one of them."
         )
-    rows = tuple({"step": step, **told} for step, numbers in found.items() if (told := in_our_names(whose, numbers)))
+    rows = tuple({"step": float(step), **told} for step, numbers in found.items() if (told := in_our_names(whose, numbers)))
     ours = names_in(rows)
     known = {meaning.theirs for meaning in FRAMEWORKS[whose]}
     missing = [f"{name} is not in it: {what}" for name, what in WITHOUT_LOG.items() if name not in ours]
