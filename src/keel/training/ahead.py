@@ -213,7 +213,7 @@ class Ahead:
         self._until(lambda: self.pipe.poll(0.2), timeout)
         try:
             kind, answer = loads(self.pipe.recv_bytes())
-        except EOFError:
+        except (EOFError, ConnectionResetError):  # the latter where it left what it was asked unread
             raise KeelError(self._death()) from None
         if kind == "failed":
             raise KeelError(f"The rollout worker failed: {answer}")
