@@ -12,7 +12,7 @@ FLOORS = [  # a room may import from its own floor and from those above it in th
     {"errors", "types", "files"},
     {"objectives"},
     {"diagnostics", "exact"},
-    {"settings", "config", "contradictions"},
+    {"settings", "config", "contradictions", "ray_cluster"},
     {"tasks", "rewards", "models"},
     {"rollout"},
     {"training", "evaluate", "writers", "progress", "curves", "summary", "data"},
