@@ -72,7 +72,9 @@ def tokens_of(record) -> list[list[int]]:
     return [c.token_ids.tolist() for group in record.groups for c in group.completions]
 
 
-@pytest.mark.parametrize("changes", [{}, {"train.dynamic_sampling": True, "train.updates_per_batch": 2, "train.prompts_per_step": 2}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"train.dynamic_sampling": True, "train.updates_per_batch": 2, "train.prompts_per_step": 2}]
+)
 def test_in_turn_two_workers_make_what_one_process_makes(cluster, changes):
     settings = settings_of(cluster, steps=4, **changes)
     records, weights, _ = train(settings)
@@ -91,29 +93,154 @@ def test_the_bound_holds_and_prompts_come_in_order(cluster):
     until(lambda: not actors_of(cluster))
 
 
-def kill_one(cluster, rng: random.Random) -> None:
-    """Any rollout worker, at any time: while it loads, samples or waits."""
-    pids = actors_of(cluster)
-    if pids:
-        os.kill(rng.choice(pids), signal.SIGKILL)
+class Killer(threading.Thread):
+    """Kills one rollout worker, whichever, whatever it is doing: from its first instant on until `latest` seconds later."""
+
+    def __init__(self, cluster, rng: random.Random, latest: float):
+        super().__init__()
+        self.cluster, self.rng, self.latest, self.killed = cluster, rng, latest, 0
+        self.start()
+
+    def run(self) -> None:
+        until(lambda: actors_of(self.cluster))
+        time.sleep(self.rng.uniform(0, self.latest))
+        if pids := actors_of(self.cluster):
+            self.killed = self.rng.choice(pids)
+            os.kill(self.killed, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("number", [pytest.param(n, marks=[pytest.mark.slow] if n > 1 else []) for n in range(20)])
 def test_a_killed_worker_is_replaced_and_no_prompt_is_lost_or_trained_twice(cluster, number):
     rng = random.Random(number)
-    settings = settings_of(cluster, steps=40, **{"train.max_staleness": rng.choice([0, 1, 2, 4])})
-    killer = threading.Timer(0, lambda: None)
-
-    def meanwhile(trainer, record):
-        nonlocal killer
-        if record.step == 1:
-            killer = threading.Timer(rng.uniform(0, 2), kill_one, (cluster, rng))
-            killer.start()
-
-    records, _, rollouts = train(settings, meanwhile)
+    settings = settings_of(cluster, steps=60, **{"train.max_staleness": rng.choice([0, 1, 2, 4])})
+    killer = Killer(cluster, rng, latest=30)  # seconds: workers load for most of them
+    records, _, rollouts = train(settings, lambda trainer, record: time.sleep(0.1))
     killer.join()
-    assert [record.step for record in records] == list(range(1, 41))
-    assert ids_of(records) == expected_ids(settings, 40)
+    assert [record.step for record in records] == list(range(1, 61))
+    assert ids_of(records) == expected_ids(settings, 60)
     assert all(record.metrics["train/staleness_max"] <= settings.train.max_staleness for record in records)
-    assert rollouts.crew.lost <= 1
+    assert rollouts.crew.lost <= (killer.killed > 0)
+    print(f"staleness {settings.train.max_staleness}, killed {killer.killed}, replaced {rollouts.crew.lost}")
     until(lambda: not actors_of(cluster))
+
+
+GRADER = """
+import os, signal
+from dataclasses import replace
+from keel.tasks.task import get_task, register
+
+def fatal(variant):
+    def grade(prompt, text):
+        if variant == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise MemoryError("no room for the answer")
+    return replace(get_task("arithmetic:medium"), name=f"fatal:{variant}", grade=grade, checked=0)
+
+register("fatal", fatal)
+"""
+
+
+@pytest.mark.parametrize(
+    ("variant", "said"),
+    [
+        ("killed", "Two rollout workers died one after the other on the same 4 prompts"),
+        ("memory", "(?s)failed on .*MemoryError: no room"),
+    ],
+)
+def test_what_no_worker_survives_ends_the_run(cluster, tmp_path, monkeypatch, variant, said):
+    (tmp_path / "fatal_grader.py").write_text(GRADER)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    start = time.monotonic()
+    with pytest.raises(KeelError, match=said):
+        train(settings_of(cluster, plugins=("fatal_grader",), task=f"fatal:{variant}", **{"cluster.rollout_workers": 1}))
+    assert time.monotonic() - start < 120
+    until(lambda: not actors_of(cluster))
+
+
+def test_another_torch_on_a_worker_is_refused(cluster, monkeypatch):
+    monkeypatch.setattr(ray_rollouts, "versions", lambda: {"torch": "1.0"})
+    with pytest.raises(KeelError, match="it has torch .*, and the trainer has 1.0. Expected the same"):
+        train(settings_of(cluster))
+
+
+def test_more_workers_than_the_cluster_can_hold_are_refused(cluster):
+    with pytest.raises(KeelError, match="3 rollout workers need 3 CPU, and the Ray cluster has 2"):
+        train(settings_of(cluster, **{"cluster.rollout_workers": 3}))
+
+
+def test_workers_for_whom_there_is_no_room_now_are_given_up(cluster):
+    assert cluster.ask("hold") == 0
+    try:
+        with pytest.raises(KeelError, match="0 of 2 rollout workers began within 2 s; 0 CPUs of the Ray cluster are free"):
+            train(settings_of(cluster, **{"cluster.start_s": 2.0}))
+    finally:
+        cluster.ask("free")
+    until(lambda: cluster.ask("how are you") == 2)
+
+
+@pytest.mark.parametrize(("address", "said"), [("127.0.0.1:1", "Nothing listens"), ("local", "keel starts no Ray cluster")])
+def test_an_address_without_a_cluster_is_told(cluster, address, said):
+    with pytest.raises(KeelError, match=f"{said}.*ray start --head"):
+        train(settings_of(cluster, **{"cluster.ray": address}))
+
+
+def begun(cluster, out: Path, steps: int = 60) -> subprocess.Popen:
+    """`keel train --ray` as a user has it."""
+    flags = [f"--{name}={value}" for name, value in SMALL.items() if not name.startswith("cluster")]
+    short = {"--evaluation.prompts": 4, "--evaluation.samples": 1, "--evaluation.every": 0, "--evaluation.standard_panel": "false"}
+    flags += [f"{name}={value}" for name, value in short.items()]
+    flags += ["--train.max_staleness=2", "--checkpoint.every=5", f"--steps={steps}", f"--out={out}"]
+    command = [sys.executable, "-m", "keel", "train", "solid", "--ray", cluster.address, "--rollout-workers", "2", *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def resumed(out: Path) -> str:
+    command = [sys.executable, "-m", "keel", "train", "--resume", str(out), "--quiet"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=True).stdout
+
+
+def steps_of(out: Path) -> int:
+    return len(read_jsonl(out / "metrics.jsonl")) - 1 if (out / "metrics.jsonl").exists() else 0
+
+
+def trained_ids(out: Path) -> list[str]:
+    """Prompts of a finished run, in the order in which they were trained on."""
+    rows = read_jsonl(out / "rollouts.jsonl")
+    return [prompt for prompt, _ in itertools.groupby((row["step"], row["prompt_id"]) for row in rows)]
+
+
+@pytest.mark.parametrize("number", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 6))])
+def test_a_killed_trainer_takes_its_workers_along_and_goes_on_from_its_checkpoint(cluster, tmp_path, number):
+    rng = random.Random(number)
+    least = rng.randint(1, 40)
+    with begun(cluster, tmp_path / "run") as trainer:
+        try:
+            until(lambda: steps_of(tmp_path / "run") >= least, 120)
+            time.sleep(rng.uniform(0, 0.2))
+        finally:
+            trainer.kill()
+    until(lambda: not actors_of(cluster))
+    assert steps_of(tmp_path / "run") < 60
+    resumed(tmp_path / "run")
+    settings = settings_of(cluster)
+    found = trained_ids(tmp_path / "run")
+    assert steps_of(tmp_path / "run") == 60
+    assert [prompt for _, prompt in found] == expected_ids(settings, 60) and [step for step, _ in found] == [
+        step for step in range(1, 61) for _ in range(4)
+    ]
+    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")[1:]
+    assert all(row["train/staleness_max"] <= 2 for row in rows)
+
+
+def test_ctrl_c_saves_and_ends_the_workers_and_leaves_the_cluster(cluster, tmp_path):
+    with begun(cluster, tmp_path / "run", steps=5000) as trainer:
+        try:
+            until(lambda: steps_of(tmp_path / "run") >= 3, 120)
+            trainer.send_signal(signal.SIGINT)
+            said, _ = trainer.communicate(timeout=60)
+        finally:
+            trainer.kill()
+    assert trainer.returncode == 130 and "Go on with: keel train --resume" in said
+    until(lambda: not actors_of(cluster))
+    assert cluster.ask("how are you") == 2
