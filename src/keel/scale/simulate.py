@@ -90,7 +90,7 @@ class _Process:
     """Work that is left, by kind, in the order in which it is done."""
 
     left: list[tuple[str, float]] = field(default_factory=list)
-    part: int = -1  # batch that it works on
+    part: int = -1  # batch that a worker works on
     version: int = 0  # weights that a worker has
     spent: dict[str, float] = field(default_factory=dict)
 
@@ -176,16 +176,17 @@ def simulate(plan: Plan, costs: Costs, lengths: Sequence[Sequence[int]], *, seed
     run.until(UNTIL_STEADY + batches)
     seconds = run.now - begin
 
-    def share(kind: str, first: int, last: int) -> float:
-        processes = (run.trainer, *run.workers)[first:last]
-        done = [p.spent.get(kind, 0.0) - before.get(kind, 0.0) for p, before in zip(processes, spent[first:last], strict=True)]
+    def share(kind: str, which: slice) -> float:
+        processes = (run.trainer, *run.workers)[which]
+        done = [p.spent.get(kind, 0.0) - before.get(kind, 0.0) for p, before in zip(processes, spent[which], strict=True)]
         return sum(done) / seconds / len(processes)
 
-    training = share("train", 0, 1)
+    trainer, workers = slice(0, 1), slice(1, None)
+    training = share("train", trainer)
     return Forecast(
         step_s=seconds / batches / plan.updates,
-        sampling=share("sample", 1, None),
-        loading=share("load", 1, None),
+        sampling=share("sample", workers),
+        loading=share("load", workers),
         training=training,
         waiting=1.0 - training,
         staleness=float(np.mean(run.ages)),
