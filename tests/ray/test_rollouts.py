@@ -197,11 +197,11 @@ def begun(cluster, out: Path, steps: int = 60) -> subprocess.Popen:
 
 def resumed(out: Path) -> str:
     command = [sys.executable, "-m", "keel", "train", "--resume", str(out), "--quiet"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=True).stdout
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
 
 
 def steps_of(out: Path) -> int:
-    return len(read_jsonl(out / "metrics.jsonl")) - 1 if (out / "metrics.jsonl").exists() else 0
+    return sum(1 for _ in read_jsonl(out / "metrics.jsonl")) - 1 if (out / "metrics.jsonl").exists() else 0
 
 
 def trained_ids(out: Path) -> list[str]:
@@ -229,7 +229,7 @@ def test_a_killed_trainer_takes_its_workers_along_and_goes_on_from_its_checkpoin
     assert [prompt for _, prompt in found] == expected_ids(settings, 60) and [step for step, _ in found] == [
         step for step in range(1, 61) for _ in range(4)
     ]
-    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")[1:]
+    rows = list(read_jsonl(tmp_path / "run" / "metrics.jsonl"))[1:]
     assert all(row["train/staleness_max"] <= 2 for row in rows)
 
 
