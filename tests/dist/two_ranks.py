@@ -1,6 +1,6 @@
 """What two ranks do in the tests: every scenario on both, one after another, so that starting up is paid once."""
 
-import dataclasses
+from dataclasses import replace
 import sys
 import time
 from pathlib import Path
@@ -61,7 +61,7 @@ class Breaking(Policy):
 
     def logp(self, *given, **named):
         seen = super().logp(*given, **named)
-        return dataclasses.replace(seen, logp=seen.logp * float("nan")) if self.broken else seen
+        return replace(seen, logp=seen.logp * float("nan")) if self.broken else seen
 
 
 def broken_on_one(ranks):
@@ -159,14 +159,18 @@ def scenarios(ranks, folder):
 
 
 def main(folder, *modes):
-    for parallel in modes:
-        with joined(parallel, "cpu", 60.0) as ranks:
-            told = {}
-            for name, act in scenarios(ranks, folder / f"checkpoints-{parallel}").items():
-                begin = time.monotonic()
-                told[name] = act()
-                print(f"{parallel} {name}: {time.monotonic() - begin:.1f} s", flush=True)
-            torch.save(told, folder / f"{parallel}-{ranks.rank}.pt")
+    with joined("ddp", "cpu", 60.0) as ranks:
+        for parallel in modes:
+            tell(replace(ranks, sharded=parallel == "fsdp"), parallel, folder)
+
+
+def tell(ranks, parallel, folder):
+    told = {}
+    for name, act in scenarios(ranks, folder / f"checkpoints-{parallel}").items():
+        begin = time.monotonic()
+        told[name] = act()
+        print(f"{parallel} {name}: {time.monotonic() - begin:.1f} s", flush=True)
+    torch.save(told, folder / f"{parallel}-{ranks.rank}.pt")
 
 
 if __name__ == "__main__":

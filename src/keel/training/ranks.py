@@ -157,7 +157,8 @@ def launched() -> int:
 
 @contextmanager
 def joined(parallel: str, device: str, timeout_s: float, *, resuming: bool = False) -> Iterator[Ranks]:
-    """While inside, the processes of this run can reach one another.
+    """While inside, the processes of this run can reach one another. A process group that is there already is used, and left; a
+    program that trains several times should begin one itself, for torch's rendezvous does not take a second one well.
 
     Args:
         parallel: none, ddp or fsdp.
