@@ -3,8 +3,9 @@
     python benchmarks/scale.py                         # measures, predicts, writes benchmarks/scale.json
     python benchmarks/scale.py --plan                  # 1,000 GPUs on paper
 
-Costs and outcomes are measured in turn within one script, again and again, and medians are compared: the machine may have other
-work, and its speed changes. Costs come from processes of their own with other batch sizes than the runs that are predicted.
+Costs and outcomes are measured in turn within one script, again and again: the machine may have other work, and its speed changes.
+Means are compared, not medians: on a busy machine short work is done at once or stands still, and a step is a sum of it. Costs
+come from processes of their own with other batch sizes than the runs that are predicted.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import os
 import sys
 import time
 import uuid
-from dataclasses import asdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
-from statistics import median
+from statistics import mean
 
 import numpy as np
 
@@ -92,10 +94,26 @@ class _Sampling:
         return time.perf_counter() - begin, groups
 
 
+class Echo:
+    """An actor that does nothing: what the way there and back costs."""
+
+    def call(self, data: bytes) -> bytes:
+        return data
+
+    def fetch(self, kept: list) -> None:
+        import ray
+
+        ray.get(kept[0])
+
+
 class Meter:
     """Measures costs, a round at a time."""
 
     def __init__(self):
+        import ray
+
+        self.ray, self.echo = ray, ray.remote(Echo).options(num_cpus=0).remote()
+        self.calls, self.fetches = [], []
         context = multiprocessing.get_context("spawn")
         self.work, self.others = _Sampling(), []
         for _ in range(PROCESSES - 1):
@@ -109,19 +127,19 @@ class Meter:
         self.crowds: list[list[float]] = [[] for _ in range(PROCESSES)]
 
     def measure(self) -> None:
-        from keel.training.transfer import dumps, loads
+        from keel.training.transfer import as_arrays, dumps, loads
 
         for size in (4, 12, 24):
             seconds, groups = self.work.seconds(size)
             tokens = [[len(c.token_ids) for c in group.completions] for group in groups]
             self.lengths += tokens
             self.samples.append((1.0, max(map(max, tokens)), sum(map(sum, tokens)), seconds))
-        begin = time.perf_counter()
-        loads(dumps(groups))
-        self.hands.append((time.perf_counter() - begin) / sum(map(len, tokens)))
-        weights, begin = self.work.sampler.policy.weights(), time.perf_counter()
-        self.work.sampler.engine.load(weights, 0)
-        self.loads.append(time.perf_counter() - begin)
+        data, weights = dumps(groups), self.work.sampler.policy.weights()
+        self.hands.append(_seconds(lambda: loads(dumps(groups))) / sum(map(len, tokens)))
+        self.loads.append(_seconds(lambda: self.work.sampler.engine.load(weights, 0)))
+        for _ in range(5):
+            self.calls.append(_seconds(lambda: self.ray.get(self.echo.call.remote(data))))
+            self.fetches.append(_seconds(lambda: self.ray.get(self.echo.fetch.remote([self.ray.put(as_arrays(weights))]))))
         for probe in self.probes.values():
             probe.take(1, 1)
             _, records = probe.take(0, 4)
@@ -139,12 +157,13 @@ class Meter:
         return float(np.mean([mine, *(pipe.recv() for _, pipe in self.others[: crowd - 1])]))
 
     def costs(self) -> tuple[Costs, tuple[float, ...]]:
-        """Costs by least absolute deviations over all rounds, and the slowdown of crowds."""
+        """Costs over all rounds, and the slowdown of crowds; `cluster` are the costs with calls of Ray's."""
         part_s, round_s, token_s = _fit(self.samples)
         step_s, train_s = _fit(self.trained)
-        found = Costs(part_s, round_s, token_s, median(self.loads), median(self.hands), step_s, train_s)
-        alone = median(self.crowds[0])
-        return found, tuple(max(1.0, median(each) / alone) for each in self.crowds)
+        found = Costs(part_s, round_s, token_s, mean(self.loads), mean(self.hands), step_s, train_s)
+        self.cluster = replace(found, part_s=part_s + mean(self.calls), load_s=found.load_s + mean(self.fetches))
+        alone = mean(self.crowds[0])
+        return found, tuple(max(1.0, mean(each) / alone) for each in self.crowds)
 
     def close(self) -> None:
         for process, pipe in self.others:
@@ -154,16 +173,18 @@ class Meter:
             probe.trainer.close()
 
 
+def _seconds(work) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
 def _fit(rows: list) -> list[float]:
-    """Non-negative costs with the least sum of absolute relative errors: an hour's worst moment does not bend them."""
-    from scipy.optimize import linprog
+    """Non-negative costs by least squares: their sums are right on average."""
+    from scipy.optimize import nnls
 
     table = np.array(rows)
-    x, y = table[:, :-1] / table[:, -1:], np.ones(len(table))
-    n, k = x.shape
-    bounds = np.block([[x, -np.eye(n)], [-x, -np.eye(n)]])
-    found = linprog(np.r_[np.zeros(k), np.ones(n)], A_ub=bounds, b_ub=np.r_[y, -y], bounds=[(0, None)] * (k + n))
-    return found.x[:k].tolist()
+    return nnls(table[:, :-1], table[:, -1])[0].tolist()
 
 
 # ── outcomes ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -191,26 +212,36 @@ def compare(rounds: int) -> dict:
     runs = {name: Training(config_of(**changes)) for name, changes in RUNS.items()}
     seconds: dict[str, list[float]] = {name: [] for name in RUNS}
     try:
+        with ThreadPoolExecutor() as together:
+            list(together.map(lambda run: run.trainer.rollouts, runs.values()))
         for number in range(rounds):
             meter.measure()
             for name, run in runs.items():
                 seconds[name].append(run.take(WARM, TIMED)[0])
-            print(f"round {number + 1}/{rounds}: " + ", ".join(f"{s[-1]:.3f}" for s in seconds.values()), file=sys.stderr)
+            found = told_of(meter, seconds)
+            told = ", ".join(f"{row['predicted_s']:.3f} {row['measured_s']:.3f}" for row in found["runs"].values())
+            print(f"round {number + 1}/{rounds}, predicted and measured so far: {told}", file=sys.stderr)
     finally:
         for run in runs.values():
             run.trainer.close()
         meter.close()
         ray.shutdown()
+    return found
+
+
+def told_of(meter: Meter, seconds: dict[str, list[float]]) -> dict:
+    """Predictions from all costs so far beside the means of all outcomes so far."""
     costs, slowdown = meter.costs()
     table = {}
     for name, changes in RUNS.items():
-        told = simulate(plan_of(changes, slowdown), costs, meter.lengths)
-        found = median(seconds[name])
+        told = simulate(plan_of(changes, slowdown), meter.cluster if "cluster.ray" in changes else costs, meter.lengths)
+        found = mean(seconds[name])
         table[name] = {"predicted_s": told.step_s, "measured_s": found, "error": told.step_s / found - 1, "all_s": seconds[name]}
         table[name] |= {"forecast": asdict(told) | {"bottleneck": told.bottleneck}}
     lengths = [length for group in meter.lengths for length in group]
     return {
-        "rounds": rounds, "load": os.getloadavg(), "cores": os.cpu_count(), "costs": asdict(costs), "slowdown": slowdown,
+        "rounds": len(meter.loads), "load": os.getloadavg(), "cores": os.cpu_count(), "costs": asdict(costs),
+        "costs_on_ray": asdict(meter.cluster), "slowdown": slowdown,
         "length": {"mean": float(np.mean(lengths)), "p99": float(np.percentile(lengths, 99))}, "runs": table,
     }  # fmt: skip
 
