@@ -53,3 +53,7 @@ def _overview() -> str:
     lines = [f"  {name:<10} {(command.__doc__ or '').strip()}" for name, command in COMMANDS.items()]
     head = "keel: a bench for reinforcement-learning post-training of language models\n\nusage: keel COMMAND [options]\n"
     return "\n".join([head, *lines, "", "keel COMMAND --help says more. keel --version prints the version."])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

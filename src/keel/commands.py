@@ -21,7 +21,7 @@ def train(arguments: list[str]) -> None:
     """train a policy: keel train quickstart, keel train solid --task arithmetic:hard --train.lr 1e-4"""
     parser = parser_of("train", train, settings=True)
     parser.add_argument("config", nargs="?", help="a recipe, a shipped configuration or a TOML file (default: quickstart)")
-    parser.add_argument("--resume", metavar="RUN", help="go on with this run folder; only --steps can be given with it")
+    parser.add_argument("--resume", metavar="RUN", help="go on with this run folder; only --steps and --train.parallel go with it")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and what they amount to")
     parser.add_argument("--json", action="store_true", help="print the summary (or the dry run) as JSON on stdout")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
@@ -32,16 +32,19 @@ def train(arguments: list[str]) -> None:
         _dry_run(options, overrides)
         return
     if options.resume:
-        steps = _steps_alone(options, overrides)
+        changed = _changes_of_resumed(options, overrides)
         from keel.run import resume
 
-        result = resume(options.resume, steps=steps, quiet=options.quiet)
+        result = resume(options.resume, **changed, quiet=options.quiet)
     else:
         config = load_config(options.config or "quickstart", overrides)
         from keel.run import train as begin
 
         result = begin(config, quiet=options.quiet)
-    print(json.dumps(result.summary | {"run": str(result.folder.path)})) if options.json else result.report()
+    if not options.json:
+        result.report()
+    elif result.ranks.first:
+        print(json.dumps(result.summary | {"run": str(result.folder.path)}))
 
 
 def _dry_run(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
@@ -64,17 +67,18 @@ def _dry_run(options: argparse.Namespace, overrides: dict[str, Any]) -> None:
     print(toml_of(config), "# The objective", *parts, "", "# What it amounts to", *amounts, sep="\n")
 
 
-def _steps_alone(options: argparse.Namespace, overrides: dict[str, Any]) -> int | None:
-    steps = overrides.pop("steps", None)
+def _changes_of_resumed(options: argparse.Namespace, overrides: dict[str, Any]) -> dict[str, Any]:
+    """What may change when a run goes on: how long, and on how many ranks in which way."""
+    steps, parallel = overrides.pop("steps", None), overrides.pop("train.parallel", None)
     if overrides or options.config or options.dry_run:
         given = ", ".join([*overrides, *filter(None, [options.config]), *(["--dry-run"] if options.dry_run else [])])
         raise KeelError(
-            f"--resume came with {given}. Expected nothing but --steps: a resumed run keeps the settings that it "
-            "began with, which its config.toml holds. Start a new run to change them."
+            f"--resume came with {given}. Expected nothing but --steps and --train.parallel: a resumed run keeps the settings that "
+            "it began with, which its config.toml holds. Start a new run to change them."
         )
     if steps is not None and (not isinstance(steps, int) or steps < 1):
         raise KeelError(f"--steps is {steps!r}. Expected a whole number of optimizer steps, at least 1.")
-    return steps
+    return {"steps": steps, "parallel": parallel}
 
 
 # ── eval ──────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -84,6 +84,16 @@ class TrainSettings(Section):
     routing_replay: Literal["none", "R2", "R3"] = Field(
         "none", description="of a mixture: R2 = the trainer's experts at the sampling weights, R3 = the engine's own"
     )
+    parallel: Literal["none", "ddp", "fsdp"] = Field(
+        "none", description="how the processes of torchrun train one policy: ddp = each has all of it, fsdp = it is cut over them"
+    )
+    rank_timeout_s: float = Field(1800.0, gt=0, description="seconds that one of these processes waits for another")
+    dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of matrix products in the trainer; weights, gradients, optimizer and log-probabilities stay fp32"
+    )
+    checkpoint_activations: bool = Field(
+        False, description="keep only what goes into each layer, and compute the rest again in backward: less memory, more time"
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads; none = torch's choice")
     device: str = Field("cpu", description="where the policy lives: cpu, cuda, cuda:1 ...")
 

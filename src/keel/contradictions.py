@@ -118,6 +118,24 @@ def _apart(config: RunConfig) -> str:
     return f"train.max_staleness is {config.train.max_staleness}"
 
 
+def _refuse_one_card(config: RunConfig) -> None:
+    device = config.train.device
+    if config.train.parallel != "none" and device.startswith("cuda:"):
+        raise KeelError(
+            f"train.parallel is {config.train.parallel} and train.device is {device}: all processes would share one card. Expected "
+            "train.device = cuda, with which each takes the card of its own number, or cpu."
+        )
+
+
+def _refuse_parallel_ahead(config: RunConfig) -> None:
+    if config.train.parallel != "none" and config.train.max_staleness > 0 and not config.cluster.ray:
+        raise KeelError(
+            f"train.parallel is {config.train.parallel} and train.max_staleness is {config.train.max_staleness}. Several ranks "
+            "sample in turn with training, each its share of the prompts; a worker that samples ahead serves one trainer. Expected "
+            "one of them: set train.max_staleness = 0, or train.parallel = none; or workers on a cluster, which serve all: --ray."
+        )
+
+
 REFUSALS = (
     _refuse_workers_nowhere,
     _refuse_lone_completions,
@@ -127,4 +145,6 @@ REFUSALS = (
     _refuse_unheard_routing,
     _refuse_partial_alone,
     _refuse_blind_curriculum,
+    _refuse_one_card,
+    _refuse_parallel_ahead,
 )

@@ -4,9 +4,7 @@ around it.
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -26,11 +24,14 @@ from keel.objectives.recipes import Recipe
 from keel.progress import Display, display
 from keel.ray_cluster import check_listens
 from keel.rollout.engine import Engine, Seed
-from keel.run_folder import RunFolder
+from keel.run_folder import RunFolder, WatchedFolder, environment
+from keel.settings import dotted
+from keel.stopping import StopRequest, stop_requests
 from keel.summary import closing_table, panel_name, summarise
 from keel.tasks.task import Task, capped, get_task
 from keel.training import checkpoint
 from keel.training.loop import StepRecord, Trainer, iterate
+from keel.training.ranks import ALONE, Ranks, joined
 from keel.writers import JsonlWriter, Writer, check_writers, open_writers
 
 MakeEngine = Callable[[Policy], Engine]
@@ -51,6 +52,7 @@ class Parts:
     task: Task
     recipe: Recipe
     panel: dict[str, Task] = field(default_factory=dict)
+    ranks: Ranks = ALONE
 
 
 @dataclass(frozen=True)
@@ -61,14 +63,18 @@ class Run:
         folder: everything that it left on disk.
         policy: the trained policy.
         summary: as in `summary.json`.
+        ranks: that trained it; the first one speaks.
     """
 
     folder: RunFolder
     policy: Policy
     summary: dict[str, Any]
+    ranks: Ranks = ALONE
 
     def report(self) -> None:
         """Print what the run came to, and where its picture is."""
+        if not self.ranks.first:
+            return
         console = Console()
         console.print(closing_table(self.summary))
         places = {"curves": self.folder.curves, "run": self.folder.path, "page": f"keel report {self.folder.path}"}
@@ -97,37 +103,74 @@ def train(
     if isinstance(engine, dict):
         engine, overrides = None, overrides | {"engine": engine}
     config = load_config(config, overrides) if isinstance(config, str) else config.replaced(overrides)
-    parts = assemble(config.resolved(), make_engine=engine)
-    trainer = Trainer(parts.policy, parts.engine, parts.task, parts.recipe, parts.config)
-    told = manifest(parts.config, parts.policy, parts.task, parts.engine, parts.recipe)
-    folder = RunFolder.create(parts.config, told)
-    return _Session(parts, folder, trainer, quiet).run()
+    with _together(config) as ranks:
+        parts = assemble(config.resolved(), make_engine=engine, ranks=ranks)
+        told = manifest(parts.config, parts.policy, parts.task, parts.engine, parts.recipe) | {"ranks": ranks.size}
+        ranks.check_same({"the model": told["model"]["hash"], "the task": told["task"]["hash"]})
+        path = ranks.by_first(lambda: RunFolder.create(parts.config, told).path)
+        return _Session(parts, _seen_by(ranks, RunFolder(path)), _trainer(parts), quiet).run()
 
 
-def resume(path: str | Path, *, steps: int | None = None, engine: MakeEngine | None = None, quiet: bool = False) -> Run:
-    """Go on with a run from its newest checkpoint, bit for bit as if it had never stopped.
+def resume(
+    path: str | Path,
+    *,
+    steps: int | None = None,
+    parallel: str | None = None,
+    engine: MakeEngine | None = None,
+    quiet: bool = False,
+) -> Run:
+    """Go on with a run from its newest checkpoint, bit for bit as if it had never stopped, if on as many ranks.
 
     Args:
         path: the run folder.
         steps: train for more steps than was first asked.
+        parallel: how the ranks train that there are now, in place of `train.parallel`.
         engine, quiet: as `train` takes them.
 
     Raises:
         KeelError: not a run folder, a damaged checkpoint, or another model or task than the run began with.
     """
-    folder = RunFolder.open(path)
-    config = _longer(folder, steps) if steps is not None else folder.config
-    parts = assemble(config, make_engine=engine)
-    check_same_origin(folder.manifest, parts.policy, parts.task)
-    trainer = Trainer(parts.policy, parts.engine, parts.task, parts.recipe, parts.config)
-    if not checkpoint.checkpoints(folder.checkpoints):  # stopped before the first: begin again
-        folder.cut_back(-1)
+    asked = {name: value for name, value in (("steps", steps), ("train.parallel", parallel)) if value is not None}
+    config = _changed(RunFolder.open(path), asked)
+    with _together(config, resuming=True) as ranks:
+        folder = _seen_by(ranks, RunFolder.open(path))
+        if asked:
+            ranks.by_first(lambda: folder.rewrite_config(config))
+        parts = assemble(config, make_engine=engine, ranks=ranks)
+        check_same_origin(folder.manifest, parts.policy, parts.task)
+        trainer = _trainer(parts)
+        begun = checkpoint.checkpoints(folder.checkpoints)
+        step = _restore(trainer, folder) if begun else -1  # stopped before the first: begin again
+        ranks.by_first(lambda: folder.cut_back(step))
         return _Session(parts, folder, trainer, quiet).run()
-    step, tensors, state = checkpoint.load(folder.checkpoints)
+
+
+@contextmanager
+def _together(config: RunConfig, *, resuming: bool = False) -> Iterator[Ranks]:
+    """The ranks of this run, once they have found that they are alike."""
+    train = config.train
+    with joined(train.parallel, train.device, train.rank_timeout_s, resuming=resuming) as ranks:
+        if ranks.size > 1:
+            here = environment()
+            ranks.check_same(here["versions"] | {"git": here["git"]} | dotted(config.model_dump(mode="json")))
+        yield ranks
+
+
+def _seen_by(ranks: Ranks, folder: RunFolder) -> RunFolder:
+    return folder if ranks.first else WatchedFolder(folder.path)
+
+
+def _trainer(parts: Parts) -> Trainer:
+    return Trainer(parts.policy, parts.engine, parts.task, parts.recipe, parts.config, parts.ranks)
+
+
+def _restore(trainer: Trainer, folder: RunFolder) -> int:
+    """Bring a trainer and the global random state to where the newest checkpoint has them; its step."""
+    ranks = trainer.ranks
+    step, tensors, state = checkpoint.load(folder.checkpoints, like=trainer.cut_tensors(), ranks=ranks)
     trainer.restore(tensors, state["clocks"])
-    checkpoint.restore_random_state(tensors, state["random"])
-    folder.cut_back(step)
-    return _Session(parts, folder, trainer, quiet).run()
+    checkpoint.restore_random_state(tensors, state["random"], ranks.rank)
+    return step
 
 
 def assemble(
@@ -135,6 +178,7 @@ def assemble(
     policy: Policy | None = None,
     make_engine: MakeEngine | None = None,
     find_task: Callable[[str], Task] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Parts:
     """Load what the settings name: the policy (unless given), an engine, the task and its panel; check that they
     fit. Tasks are found by `find_task`; by one that checks them unless given.
@@ -152,7 +196,10 @@ def assemble(
     panel = {panel_name(spec): find(capped(spec)[0]) for spec in config.evaluation.panel}
     policy = policy or _loaded(config)
     config.check_fits(policy.context, _longest_prompt(policy, (task, *panel.values())))
-    return Parts(config, policy, make_engine(policy) if make_engine else engine_of(config.engine, policy), task, recipe, panel)
+    engine = make_engine(policy) if make_engine else engine_of(config.engine, policy)
+    if not ranks.first:
+        checkpoint.seed_random_state(config.seed + ranks.rank)  # a user's reward that draws should not draw the same on every rank
+    return Parts(config, policy, engine, task, recipe, panel, ranks)
 
 
 def trained_policy(folder: RunFolder, step: int | None = None) -> Policy:
@@ -170,7 +217,9 @@ def _loaded(config: RunConfig) -> Policy:
     from keel.models.lora import LoraConfig
 
     lora = LoraConfig(**config.lora.model_dump()) if config.lora else None
-    return load_policy(config.model, template=config.template, lora=lora, device=config.train.device, seed=config.seed)
+    train = config.train
+    computing = dict(products=torch.bfloat16 if train.dtype == "bf16" else None, recompute=train.checkpoint_activations)
+    return load_policy(config.model, template=config.template, lora=lora, device=train.device, seed=config.seed, **computing)
 
 
 def held_out(parts: Parts, standard: bool = False) -> dict[str, float]:
@@ -216,7 +265,7 @@ def _evaluated(parts: Parts, engine: Engine, task: Task, cap: int | None = None)
     seed = Seed(parts.config.seed, EVALUATION)
     ks, sampling = tuple(sorted({1, *settings.ks})), parts.config.sampling.distribution()
     sampling = replace(sampling, max_completion_tokens=cap or sampling.max_completion_tokens)
-    return _named(evaluate(engine, prompts, task, sampling, settings.samples, seed, ks))
+    return _named(evaluate(engine, prompts, task, sampling, settings.samples, seed, ks, parts.ranks))
 
 
 def _standard_panel(parts: Parts, engine: Engine) -> dict[str, dict[str, float]]:
@@ -224,7 +273,7 @@ def _standard_panel(parts: Parts, engine: Engine) -> dict[str, dict[str, float]]
 
     config, most = parts.config, parts.config.evaluation.prompts * parts.config.evaluation.samples
     besides, seed = (config.task, *config.evaluation.panel), Seed(config.seed, EVALUATION)
-    return standard_panel(engine, parts.policy, besides, config.sampling.distribution(), most, seed)
+    return standard_panel(engine, parts.policy, besides, config.sampling.distribution(), most, seed, parts.ranks)
 
 
 def _named(numbers: dict[str, float]) -> dict[str, float]:
@@ -238,17 +287,16 @@ class _Session:
     """The loop with everything around it. What it writes can be read at any moment, and cut back to any checkpoint."""
 
     def __init__(self, parts: Parts, folder: RunFolder, trainer: Trainer, quiet: bool):
-        config, done = parts.config, trainer.step
+        config, done, self.ranks = parts.config, trainer.step, parts.ranks
         self.parts, self.folder, self.trainer = parts, folder, trainer
         self.rows = folder.rows()
         self.clock = _Clock(self.rows)
         self.saved = done
         shown = config.model_dump(mode="json")
-        self.writers: list[Writer] = [
-            JsonlWriter(folder.metrics),
-            *open_writers(config.writers, folder.path, shown, done),
-        ]
-        self.display: Display = display(sys.stderr, config.steps, done, quiet=quiet)
+        self.writers: list[Writer] = []
+        if self.ranks.first:
+            self.writers = [JsonlWriter(folder.metrics), *open_writers(config.writers, folder.path, shown, done)]
+        self.display: Display = display(sys.stderr, config.steps, done, quiet=quiet or not self.ranks.first)
 
     def run(self) -> Run:
         try:
@@ -294,14 +342,14 @@ class _Session:
 
     def _save(self) -> None:
         tensors, clocks = self.trainer.state()
-        random_tensors, random_state = checkpoint.random_state()
+        random_tensors, random_state = checkpoint.random_states(self.ranks)
         state = {"clocks": clocks, "random": random_state}
         keep = self.parts.config.checkpoint.keep
-        checkpoint.save(self.folder.checkpoints, self.trainer.step, tensors | random_tensors, state, keep)
+        checkpoint.save(self.folder.checkpoints, self.trainer.step, tensors | random_tensors, state, keep, self.ranks)
         self.saved = self.trainer.step
 
     def _stop_if_asked(self, stop: StopRequest, batch_ends: bool = True) -> None:
-        if not stop.signal or not batch_ends or self.trainer.step >= self.parts.config.steps:
+        if not batch_ends or self.trainer.step >= self.parts.config.steps or not self.ranks.any(bool(stop.signal)):
             return
         if self.trainer.step > self.saved:
             self._save()
@@ -315,13 +363,15 @@ class _Session:
         return max((row["step"] for row in self.rows if name in row), default=0)
 
     def _finished(self) -> Run:
-        self.rows = self.folder.rows()
+        self.rows = self.ranks.by_first(self.folder.rows)
         summary = summarise(self.rows)
         self.folder.finish(summary)
         self._draw()
-        return Run(self.folder, self.parts.policy, summary)
+        return Run(self.folder, self.parts.policy, summary, self.ranks)
 
     def _draw(self) -> None:
+        if not self.ranks.first:
+            return
         from keel.curves import draw  # matplotlib takes its time to import
 
         config = self.parts.config
@@ -340,51 +390,21 @@ class _Clock:
         return self.before + time.perf_counter() - self.start
 
 
-@dataclass
-class StopRequest:
-    """Which signal asked the run to stop; 0 for none."""
-
-    signal: int = 0
-
-
-@contextmanager
-def stop_requests(say: Callable[[str], None]) -> Iterator[StopRequest]:
-    """While inside, Ctrl-C and SIGTERM ask for a stop at the next whole step; a second one stops at once."""
-    request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield request
-        return
-
-    def handle(number: int, frame: Any) -> None:
-        if request.signal:
-            raise KeyboardInterrupt
-        request.signal = number
-        say("Stopping after this step, to save it. Once more stops at once and loses the steps since the last checkpoint.")
-
-    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield request
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
 def _crossed(every: int, before: int, now: int) -> bool:
     """Whether a multiple of `every` lies in (before, now]; never for 0."""
     return every > 0 and now // every > before // every
 
 
-def _longer(folder: RunFolder, steps: int) -> RunConfig:
+def _changed(folder: RunFolder, asked: dict[str, Any]) -> RunConfig:
     config = folder.config
+    steps = asked.get("steps", config.steps)
     if config.train.lr_schedule != "constant" and steps != config.steps:
         raise KeelError(
             f"This run's learning rate follows a {config.train.lr_schedule} schedule over {config.steps} steps, and "
             f"--steps {steps} would bend it. Expected the same number of steps; start a new run, or use lr_schedule = "
             "constant from the beginning."
         )
-    longer = config.replaced({"steps": steps})
-    folder.rewrite_config(longer)
-    return longer
+    return config.replaced(asked) if asked else config
 
 
 def _longest_prompt(policy: Policy, tasks: tuple[Task, ...], looked_at: int = 64) -> int:

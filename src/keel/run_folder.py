@@ -142,6 +142,22 @@ class RunFolder:
             write_atomically(self.path / "summary.json", json_of(summary))
 
 
+class WatchedFolder(RunFolder):
+    """A run's folder as every rank but the first has it: to be read. What there is to write, the first one writes."""
+
+    def add_rollouts(self, step: int, groups: Iterable[Group]) -> None: ...
+
+    def add_tokens(self, step: int, traces: Iterable[Mapping[str, Any]], most_bytes: float) -> None: ...
+
+    def add_health(self, step: int, found: Iterable[Impossible]) -> None: ...
+
+    def cut_back(self, step: int) -> None: ...
+
+    def rewrite_config(self, config: RunConfig) -> None: ...
+
+    def finish(self, summary: Mapping[str, Any]) -> None: ...
+
+
 def place_of(config: RunConfig) -> Path:
     """Where a new run goes: `out` as given, or the next free name below runs/.
 

@@ -215,7 +215,9 @@ class Batch:
         return replace(self, **picked)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
+        """The same batch on another device; itself where it is there already."""
+        if self.tokens.device == torch.device(device):
+            return self
         return replace(self, **{name: v.to(device) for name, v in vars(self).items() if isinstance(v, torch.Tensor)})
 
 

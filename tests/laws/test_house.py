@@ -15,7 +15,7 @@ FLOORS = [  # a room may import from its own floor and from those above it in th
     {"settings", "config", "contradictions", "ray_cluster"},
     {"tasks", "rewards", "models"},
     {"rollout"},
-    {"training", "evaluate", "writers", "progress", "curves", "summary", "data"},
+    {"training", "evaluate", "writers", "progress", "stopping", "curves", "summary", "data"},
     {"manifest", "run_folder"},
     {"run"},
     {"audit", "gap", "grade", "lab", "doctor"},

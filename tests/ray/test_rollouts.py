@@ -6,6 +6,7 @@ import itertools
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -185,13 +186,14 @@ def test_an_address_without_a_cluster_is_told(cluster, address, said):
         train(settings_of(cluster, **{"cluster.ray": address}))
 
 
-def begun(cluster, out: Path, steps: int = 60) -> subprocess.Popen:
+def begun(cluster, out: Path, steps: int = 60, before: tuple[str, ...] = (), **changes) -> subprocess.Popen:
     """`keel train --ray` as a user has it."""
-    flags = [f"--{name}={value}" for name, value in SMALL.items() if not name.startswith("cluster")]
+    flags = [f"--{name}={value}" for name, value in (SMALL | changes).items() if not name.startswith("cluster")]
     short = {"--evaluation.prompts": 4, "--evaluation.samples": 1, "--evaluation.every": 0, "--evaluation.standard_panel": "false"}
     flags += [f"{name}={value}" for name, value in short.items()]
     flags += ["--train.max_staleness=2", "--checkpoint.every=5", f"--steps={steps}", f"--out={out}"]
-    command = [sys.executable, "-m", "keel", "train", "solid", "--ray", cluster.address, "--rollout-workers", "2", *flags]
+    keel = [sys.executable, *before, "-m", "keel", "train", "solid"]
+    command = [*keel, "--ray", cluster.address, "--rollout-workers", "2", *flags]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -244,3 +246,19 @@ def test_ctrl_c_saves_and_ends_the_workers_and_leaves_the_cluster(cluster, tmp_p
     assert trainer.returncode == 130 and "Go on with: keel train --resume" in said
     until(lambda: not actors_of(cluster))
     assert cluster.ask("how are you") == 2
+
+
+def test_several_trainers_share_the_workers_of_the_first(cluster, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={port}")
+    with begun(cluster, tmp_path / "run", 6, torchrun, **{"train.parallel": "fsdp"}) as trainers:
+        try:
+            said, _ = trainers.communicate(timeout=200)
+        finally:
+            trainers.kill()
+    assert trainers.returncode == 0, said
+    assert [prompt for _, prompt in trained_ids(tmp_path / "run")] == expected_ids(settings_of(cluster), 6)
+    rows = list(read_jsonl(tmp_path / "run" / "metrics.jsonl"))[1:]
+    assert len(rows) == 6 and all(row["train/staleness_max"] <= 2 and row["time/sample_s"] > 0 for row in rows)
+    until(lambda: not actors_of(cluster))

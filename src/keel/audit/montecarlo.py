@@ -202,7 +202,7 @@ def _few_threads(parameters: int) -> Iterator[None]:
 
 def _twin(policy: Policy) -> Policy:
     """A copy that trains what the policy trains."""
-    return Policy(copy.deepcopy(policy.model), policy.tokenizer, policy.template, policy.end_ids, policy.name)
+    return policy.over(copy.deepcopy(policy.model))
 
 
 @dataclass(frozen=True)

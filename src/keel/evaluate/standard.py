@@ -17,6 +17,7 @@ from keel.models.characters import VOCABULARY
 from keel.models.policy import Policy
 from keel.rollout.engine import Engine, Seed
 from keel.tasks.task import Task, get_task
+from keel.training.ranks import ALONE, Ranks
 from keel.types import Prompt, Sampling
 
 
@@ -50,7 +51,7 @@ def standard_of(tokenizer: Any) -> Standard:
 
 
 def standard_panel(
-    engine: Engine, policy: Policy, besides: Iterable[str], sampling: Sampling, completions: int, seed: Seed
+    engine: Engine, policy: Policy, besides: Iterable[str], sampling: Sampling, completions: int, seed: Seed, ranks: Ranks = ALONE
 ) -> dict[str, dict[str, float]]:
     """What the engine's policy scores on every skill of its standard panel.
 
@@ -59,6 +60,7 @@ def standard_panel(
         besides: specs of tasks that are evaluated anyhow, and left out here.
         sampling: of the run; its cap is lowered to the panel's.
         completions: of each skill at most, if that is fewer than the panel's own.
+        ranks: that share the work.
 
     Returns:
         spec → the numbers of `suite.evaluate`. What the policy cannot read, or has no room for, is left out.
@@ -70,7 +72,7 @@ def standard_panel(
         task = _loaded(spec) if spec not in known else None
         prompts = list(_asked(policy, task, min(PROMPTS, budget), short.max_completion_tokens)) if task else []
         if task and prompts:
-            told[spec] = evaluate(engine, prompts, task, short, -(-budget // len(prompts)), seed)
+            told[spec] = evaluate(engine, prompts, task, short, -(-budget // len(prompts)), seed, ranks=ranks)
     return told
 
 

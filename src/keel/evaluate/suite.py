@@ -10,6 +10,7 @@ from keel.errors import KeelError
 from keel.evaluate.estimates import interval, pass_at_k
 from keel.rollout.engine import Engine, Seed
 from keel.tasks.task import Task, reward_many
+from keel.training.ranks import ALONE, Ranks
 from keel.types import Completion, Prompt, Sampling, Score
 
 
@@ -29,7 +30,7 @@ class Graded:
 
 def evaluate(
     engine: Engine, prompts: Sequence[Prompt], task: Task, sampling: Sampling, samples: int, seed: Seed,
-    ks: Sequence[int] = (1,),
+    ks: Sequence[int] = (1,), ranks: Ranks = ALONE,
 ) -> dict[str, float]:  # fmt: skip
     """What the engine's policy scores on these prompts. The same arguments give the same numbers.
 
@@ -38,6 +39,7 @@ def evaluate(
         samples: completions of each prompt.
         seed: of the draws; take the same one before and after training, so that the two differ by the policy alone.
         ks: for which pass@k is estimated; each at most `samples`.
+        ranks: each asks a share of the prompts, and all get the numbers of all.
 
     Returns:
         pass@1 (which is avg@samples) and every other pass@k asked for; low and high, the 95 % interval of pass@1
@@ -52,7 +54,7 @@ def evaluate(
             f"Evaluation of task {task.name!r} was given {len(prompts)} prompts and {samples} samples. Expected at "
             f"least one of each."
         )
-    return describe(grade(engine, prompts, task, sampling, samples, seed), ks)
+    return describe(ranks.spread(lambda some: grade(engine, some, task, sampling, samples, seed))(prompts), ks)
 
 
 def describe(graded: Sequence[Graded], ks: Sequence[int] = (1,)) -> dict[str, float]:

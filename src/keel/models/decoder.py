@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from keel.models.linear import apply_gated, apply_linear, fast_products, regular
 from keel.models.packing import Packing
 from keel.models.routing import UNKNOWN, Routing, followed
+from keel.models.sharding import within
 
 RECOMPUTED = {"use_reentrant": False, "preserve_rng_state": False}
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
@@ -125,7 +126,7 @@ def mixture(
         gate, up = F.linear(part, gate_up[expert]).chunk(2, -1)
         parts.append(F.linear(F.silu(gate) * up, down[expert]))
     mixed = torch.cat(parts) * weight.flatten()[order, None]
-    return torch.zeros_like(x).index_add(0, token, mixed)
+    return torch.zeros_like(x).index_add(0, token, mixed.to(x.dtype))
 
 
 class Decoder:
@@ -133,10 +134,11 @@ class Decoder:
 
     Args:
         model: a transformers model of a supported family (or a peft model's base model).
+        recompute: keep only what goes into each layer, and compute the rest again in backward.
     """
 
-    def __init__(self, model: nn.Module):
-        self.trunk = model.model
+    def __init__(self, model: nn.Module, recompute: bool = False):
+        self.trunk, self.recompute = model.model, recompute
         self.shape, self.router = Shape.of(model.config), Router.of(model.config)
         experts = None if self.router is None else (self.shape.layers, model.config.num_experts, self.router.top_k)
         self.routing = None if experts is None else Routing(*experts)
@@ -154,17 +156,24 @@ class Decoder:
         turn = rotary(packing.positions, self.trunk.rotary_emb.inv_freq.float(), x.dtype)
         chosen: list[Tensor] = []
         for depth, layer in enumerate(self.trunk.layers):
-            x = x + self._attention(layer, self._norm(layer.input_layernorm, x), turn, packing)
-            normed = self._norm(layer.post_attention_layernorm, x)
-            if self.router is not None:
-                logits = F.linear(normed, layer.mlp.gate.weight)
-                weight, index, own = self.router(logits, None if experts is None else experts[:, depth])
-                x = x + mixture(layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj, normed, weight, index)
-                chosen.append(own)
-            else:
-                gate, up = apply_linear(layer.mlp.gate_proj, normed), apply_linear(layer.mlp.up_proj, normed)
-                x = x + apply_gated(layer.mlp.down_proj, gate, up)
+            x, own = within(layer, self._step, layer, x, turn, packing, None if experts is None else experts[:, depth])
+            chosen += [] if own is None else [own]
         return self._norm(self.trunk.norm, x[:nodes]), torch.stack(chosen, 1)[:nodes] if chosen else None
+
+    def _step(self, *given) -> tuple[Tensor, Tensor | None]:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._layer, *given, **RECOMPUTED)
+        return self._layer(*given)
+
+    def _layer(self, layer: nn.Module, x: Tensor, turn, packing: Packing, experts: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x [N, d] after one layer, and each node's own choice of experts [N, k]; None if the layer is dense."""
+        x = x + self._attention(layer, self._norm(layer.input_layernorm, x), turn, packing)
+        normed = self._norm(layer.post_attention_layernorm, x)
+        if self.router is None:
+            gate, up = apply_linear(layer.mlp.gate_proj, normed), apply_linear(layer.mlp.up_proj, normed)
+            return x + apply_gated(layer.mlp.down_proj, gate, up), None
+        weight, index, own = self.router(F.linear(normed, layer.mlp.gate.weight), experts)
+        return x + mixture(layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj, normed, weight, index), own
 
     def _filled(self, packing: Packing) -> Packing:
         """The forest with idle nodes at its end, where fast products want a regular number of rows; nothing reads them."""
@@ -175,7 +184,7 @@ class Decoder:
         return replace(packing, **filled)
 
     def _norm(self, norm: nn.Module, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), norm.weight, self.shape.eps)
+        return F.rms_norm(x.to(norm.weight.dtype), (x.shape[-1],), norm.weight, self.shape.eps)
 
     def _attention(self, layer: nn.Module, x: Tensor, turn, packing: Packing) -> Tensor:
         block, hd = layer.self_attn, self.shape.head_dim

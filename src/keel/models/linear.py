@@ -20,7 +20,7 @@ LARGE = 2**17  # numbers in a matrix from which oneDNN's kernel pays
 
 def fast_products(weight: Tensor) -> bool:
     """Whether products with this matrix go by oneDNN."""
-    here = weight.device.type == "cpu" and weight.dtype == torch.float32
+    here = weight.device.type == "cpu" and weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     return here and weight.numel() >= LARGE and torch.backends.mkldnn.is_available()
 
 
@@ -52,8 +52,8 @@ class _Product(torch.autograd.Function):
 
 
 def apply_linear(layer: nn.Module, x: Float[Tensor, "N in"]) -> Float[Tensor, "N out"]:
-    """`layer(x)`: by the fast product for a plain `nn.Linear`, by the layer itself for anything else (LoRA, quantised …)."""
-    if type(layer) is not nn.Linear:
+    """`layer(x)`: by the fast product for a plain `nn.Linear`; by the layer itself in autocast, and for anything else (LoRA …)."""
+    if type(layer) is not nn.Linear or torch.is_autocast_enabled(x.device.type):
         return layer(x)
     out = _Product.apply(x, layer.weight)
     return out if layer.bias is None else out + layer.bias
@@ -79,8 +79,8 @@ class _GatedProduct(torch.autograd.Function):
 
 
 def apply_gated(layer: nn.Module, gate: Float[Tensor, "N in"], up: Float[Tensor, "N in"]) -> Float[Tensor, "N out"]:
-    """`layer(silu(gate) · up)`, a gated unit's last product; any layer but a plain `nn.Linear` is called itself."""
-    if type(layer) is not nn.Linear:
+    """`layer(silu(gate) · up)`, a gated unit's last product; in autocast, and if not a plain `nn.Linear`, the layer is called."""
+    if type(layer) is not nn.Linear or torch.is_autocast_enabled(gate.device.type):
         return layer(F.silu(gate) * up)
     out = _GatedProduct.apply(gate, up, layer.weight)
     return out if layer.bias is None else out + layer.bias

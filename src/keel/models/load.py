@@ -36,6 +36,8 @@ def load_policy(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     seed: int = 0,
+    products: torch.dtype | None = None,
+    recompute: bool = False,
 ) -> Policy:
     """A policy by name: the model, how it is asked, and what ends its completions.
 
@@ -45,6 +47,7 @@ def load_policy(
         lora: adapters to train instead of all weights.
         dtype: of the master weights. fp32, for smaller types round small updates away.
         seed: of the adapters' first values.
+        products, recompute: as `Policy` takes them.
 
     Raises:
         KeelError: the model is missing, corrupt or quantised, or the template fails its checks.
@@ -55,7 +58,7 @@ def load_policy(
     asked.check(tokenizer, end_ids)
     if lora is not None:
         model = wrap(model, lora, seed)
-    return Policy(model=model.to(device), tokenizer=tokenizer, template=asked, end_ids=end_ids, name=name)
+    return Policy(model.to(device), tokenizer, asked, end_ids, name, products, recompute)
 
 
 def load_model(name: str, *, dtype: torch.dtype = torch.float32):

@@ -21,6 +21,7 @@ import transformers.pytorch_utils
 from torch import Tensor, nn
 
 from keel.errors import KeelError
+from keel.models.sharding import whole, whole_by_name
 
 _FROM_ZERO = "keel_adapters_started_from_zero"
 _PEFT_SAYS = (  # to its own developers, or of what it then puts right by itself
@@ -113,10 +114,11 @@ def merged_weights(model: nn.Module) -> dict[str, Tensor]:
     """
     base = model.get_base_model()
     adapted = {f"{name}.base_layer.weight": layer for name, layer in _layers(base)}
-    tensors = {name: tensor.detach() for name, tensor in base.state_dict().items() if ".lora_" not in name}
-    for name in adapted.keys() & tensors.keys():
+    live = base.state_dict(keep_vars=True)
+    tensors = whole_by_name({name: tensor for name, tensor in live.items() if ".lora_" not in name})
+    for name in [name for name in tensors if name in adapted]:
         for b, a, scale in _factors(adapted[name]):
-            tensors[name] = torch.addmm(tensors[name], b, a, alpha=scale)
+            tensors[name] = torch.addmm(tensors[name], whole(b), whole(a), alpha=scale)
     return {name.replace(".base_layer.", "."): tensor for name, tensor in tensors.items()}
 
 

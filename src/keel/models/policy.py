@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from keel.errors import KeelError
 from keel.models.decoder import Decoder, supports
 from keel.models.head import token_logp
 from keel.models.packing import Packing, pack
 from keel.models.routing import UNKNOWN, Routers, Routing, check_replayable
+from keel.models.sharding import whole_by_name, within
 from keel.types import Batch
 
 
@@ -33,6 +35,10 @@ class TokenLogp:
     entropy: Float[Tensor, "B T"]
     experts: Int[Tensor, "B L layers k"] | None = None
 
+    def to(self, device: torch.device) -> TokenLogp:
+        """The same on another device."""
+        return TokenLogp(*(None if value is None else value.to(device) for value in vars(self).values()))
+
 
 class Policy:
     """A language model that is trained and sampled from.
@@ -43,11 +49,30 @@ class Policy:
         template: how a prompt becomes token ids (`models.templates.Template`).
         end_ids: every token id that ends a completion.
         name: as the user named it.
+        products: type that matrix products are computed in (autocast); None = that of the weights. The head's are always in that
+            of the weights, for a log-probability in bf16 has two digits.
+        recompute: keep only what goes into each layer, and compute the rest again in backward: less memory, more time.
     """
 
-    def __init__(self, model: nn.Module, tokenizer, template, end_ids: frozenset[int], name: str):
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer,
+        template,
+        end_ids: frozenset[int],
+        name: str,
+        products: torch.dtype | None = None,
+        recompute: bool = False,
+    ):
         self.model, self.tokenizer, self.template = model, tokenizer, template
         self.end_ids, self.name = frozenset(end_ids), name
+        self.products, self.recompute = products, recompute
+        if recompute and self.decoder is None:
+            _recompute_layers(self.base)
+
+    def over(self, model: nn.Module) -> Policy:
+        """The same policy with another model in it."""
+        return Policy(model, self.tokenizer, self.template, self.end_ids, self.name, self.products, self.recompute)
 
     @property
     def base(self) -> nn.Module:
@@ -66,7 +91,7 @@ class Policy:
     @cached_property
     def decoder(self) -> Decoder | None:
         """The compact decoder, where it computes this architecture; else None."""
-        return Decoder(self.base) if supports(self.base.config) else None
+        return Decoder(self.base, self.recompute) if supports(self.base.config) else None
 
     @cached_property
     def routers(self) -> Routers | None:
@@ -84,12 +109,14 @@ class Policy:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def weights(self) -> dict[str, Tensor]:
-        """Everything an engine needs, under the plain transformers names, LoRA merged; views of the live weights otherwise."""
+        """Everything an engine needs, under the plain transformers names, LoRA merged; views of the live weights otherwise. Where
+        they are cut over processes, gathered copies: all of them have to ask.
+        """
         if self.model is not self.base:
             from keel.models.lora import merged_weights
 
             return merged_weights(self.model)
-        return {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
+        return whole_by_name(self.model.state_dict(keep_vars=True))
 
     def logp(self, batch: Batch, *, temperature: float = 1.0, replay_experts: bool = False) -> TokenLogp:
         """Log-probability and entropy of every completion token of a batch; differentiable.
@@ -102,16 +129,27 @@ class Policy:
         Raises:
             KeelError: experts are to be replayed, and the model has none, or none that can be led.
         """
+        host, batch = batch.tokens.device, batch.to(self.device)
         replay = batch.experts if replay_experts else None
         if replay is not None:
             check_replayable(self.name, self.base.config, self.routing)
-        if self.decoder is None:
-            return self._logp_by_transformers(batch, temperature, replay)
+        compute = self._logp_by_transformers if self.decoder is None else self._logp_by_decoder
+        return compute(batch, temperature, replay).to(host)
+
+    def _logp_by_decoder(self, batch: Batch, temperature: float, replay: Tensor | None = None) -> TokenLogp:
         packing = pack(batch.tokens, batch.prompt_len + batch.completion_len, batch.kept is None, replay)
         routing = None if replay is None else _by_node(replay, packing)
-        hidden, experts = self.decoder.hidden(packing, routing)
-        logp, entropy = self._read(batch, packing, hidden, temperature)
+        logp, entropy, experts = within(self.base, self._run_decoder, batch, packing, routing, temperature)
         return TokenLogp(logp, entropy, None if experts is None else _by_row(experts[packing.node], batch))
+
+    def _run_decoder(self, batch: Batch, packing: Packing, routing: Tensor | None, temperature: float):
+        with self._computing():
+            hidden, experts = self.decoder.hidden(packing, routing)
+        return *self._read(batch, packing, hidden, temperature), experts
+
+    def _computing(self) -> AbstractContextManager:
+        """Where matrix products are computed in the policy's `products`."""
+        return nullcontext() if self.products is None else torch.autocast(self.device.type, self.products)
 
     def _read(self, batch: Batch, packing: Packing, hidden: Tensor, temperature: float):
         inside, column = completion_places(batch, packing.node.shape[1])
@@ -124,14 +162,14 @@ class Policy:
             kept[state[edge]] = batch.kept[inside]
         weight = self.base.get_output_embeddings().weight
         token = packing.tokens[edge_node]
-        logp, entropy = token_logp(hidden[state_node], weight, state, token, temperature=temperature, kept=kept)
+        logp, entropy = token_logp(hidden[state_node].to(weight.dtype), weight, state, token, temperature=temperature, kept=kept)
         return _spread(logp[edge], inside), _spread(entropy[state][edge], inside)
 
     def _logp_by_transformers(self, batch: Batch, temperature: float, replay: Tensor | None = None) -> TokenLogp:
         led = nullcontext() if self.routers is None else self.routers.led(_flat(replay, batch))
         linear = self.head_is_linear  # measured by a forward pass of its own, so before routers are led
         with led as heard:
-            logp, entropy = self._run_transformers(batch, temperature, linear)
+            logp, entropy = within(self.base, self._run_transformers, batch, temperature, linear)
         if heard is None:
             return TokenLogp(logp, entropy)
         return TokenLogp(logp, entropy, _by_row(heard.table().unflatten(0, (len(batch), -1)), batch))
@@ -153,11 +191,15 @@ class Policy:
         kept = None if batch.kept is None else batch.kept[inside]
         edge = torch.arange(len(token), device=token.device)
         if linear:
-            hidden = self.base.base_model(**inputs).last_hidden_state.flatten(0, 1)[flat]
+            with self._computing():
+                hidden = self.base.base_model(**inputs).last_hidden_state
             weight, softcap = self.base.get_output_embeddings().weight, self._softcap
+            hidden = hidden.flatten(0, 1)[flat].to(weight.dtype)
             logp, entropy = token_logp(hidden, weight, edge, token, temperature=temperature, softcap=softcap, kept=kept)
         else:
-            logits = self.base(**inputs).logits.flatten(0, 1)[flat].float() / temperature
+            with self._computing():
+                logits = self.base.forward(**inputs).logits
+            logits = logits.flatten(0, 1)[flat].float() / temperature
             if kept is not None:
                 logits = logits.masked_fill(~kept, float("-inf"))
             log_probs = logits.log_softmax(-1)
@@ -181,6 +223,21 @@ class Policy:
             if self._softcap is not None:
                 ours = self._softcap * torch.tanh(ours / self._softcap)
         return bool(torch.allclose(logits.to(ours.dtype), ours, rtol=1e-4, atol=1e-5))
+
+
+def _recompute_layers(base: nn.Module) -> None:
+    """Checkpoint every layer of a transformers model; it does so in train mode alone, and no dropout is left that this would wake.
+
+    Raises:
+        KeelError: the architecture does not know how.
+    """
+    if not base.supports_gradient_checkpointing:
+        raise KeelError(
+            f"train.checkpoint_activations is true, and transformers cannot checkpoint {type(base).__name__}. Expected an "
+            "architecture that can; set it to false, and lower train.micro_batch_tokens to save memory."
+        )
+    base.activation_checkpointing_enable()
+    base.train()
 
 
 def completion_places(batch: Batch, width: int) -> tuple[Bool[Tensor, "B T"], Int[Tensor, "B T"]]:

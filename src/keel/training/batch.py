@@ -64,6 +64,26 @@ def _experts(completions: Sequence[Completion], prompt_lengths: Sequence[int]) -
     return pad_sequence(rows, batch_first=True, padding_value=-1)
 
 
+def split(batch: Batch, ranks: int) -> list[Int[Tensor, " _"]]:
+    """Rows for each of several ranks, ascending: whole groups, so dealt out that ranks have about as many tokens to compute.
+
+    The largest group goes first, each to the rank with the least so far. A prompt counts once, for its completions share it. There
+    may be ranks without rows.
+    """
+    if ranks == 1:
+        return [torch.arange(len(batch))]
+    groups, index = torch.unique(batch.group, return_inverse=True)
+    work = torch.zeros_like(groups)
+    work[index] = batch.prompt_len  # any of its rows: a group has one prompt
+    work.index_add_(0, index, batch.completion_len)
+    owner, load = torch.zeros_like(groups), [0] * ranks
+    for group in work.argsort(descending=True, stable=True).tolist():
+        rank = load.index(min(load))
+        owner[group] = rank
+        load[rank] += int(work[group])
+    return [(owner[index] == rank).nonzero()[:, 0] for rank in range(ranks)]
+
+
 def micro_batches(batch: Batch, max_tokens: int | None) -> list[Int[Tensor, " _"]]:
     """Cut a batch into runs of rows of at most `max_tokens` prompt + completion tokens each (at least one row).
 

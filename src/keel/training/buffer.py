@@ -14,6 +14,7 @@ from torch import Tensor
 from keel.config import RunConfig
 from keel.data.curriculum import Record, draw, weights
 from keel.errors import KeelError
+from keel.training.ranks import ALONE, Ranks
 from keel.types import Completion, Finish, Group, Prompt, Score
 
 Reward = Callable[[Prompt, str, Finish], Score]
@@ -148,6 +149,7 @@ def collect(
     reward_many: RewardMany | None = None,
     live_only: bool = False,
     max_rounds: int = 10,
+    ranks: Ranks = ALONE,
 ) -> Collected:
     """Sample and grade groups until `prompts` of them are in hand.
 
@@ -157,6 +159,7 @@ def collect(
         live_only: dynamic sampling (DAPO, arXiv 2503.14476): keep only groups with right and wrong answers, judged by accuracy and
             never by the shaped reward, and sample on until the batch is full.
         max_rounds: rounds of sampling after which it gives up.
+        ranks: each samples and grades a share of every round's prompts, and all get all groups.
 
     Raises:
         KeelError: the batch is not full after `max_rounds`, or every completion was unscorable.
@@ -165,7 +168,7 @@ def collect(
     def groups_of(taken: Sequence[Prompt]) -> list[Group]:
         return score_groups(by_prompt(*generate(taken)), reward_many or one_by_one(reward))
 
-    return fill(Filling(prompts, live_only, max_rounds), stream, groups_of)
+    return fill(Filling(prompts, live_only, max_rounds), stream, ranks.spread(groups_of))
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """Checkpoints that are whole or not there: written beside, flushed to disk, then renamed into place.
 
 A folder of checkpoints holds `step-00000050/` (tensors.safetensors, state.json), older ones, and `latest`, which names
-the newest. A process that is killed at any instruction leaves the last whole checkpoint readable; a full disk leaves
-it untouched.
+the newest. Of a policy that is cut over ranks, each rank writes its own part, into `shards/` in place of tensors.safetensors.
+A process that is killed at any instruction leaves the last whole checkpoint readable; a full disk leaves it untouched.
 """
 
 from __future__ import annotations
@@ -26,11 +26,16 @@ from torch import Tensor
 
 from keel.errors import KeelError
 from keel.files import disk_error, flush, flush_folder, write_atomically
+from keel.models.sharding import is_sharded
+from keel.training import shards
+from keel.training.ranks import ALONE, Ranks
 
 FORMAT = 1
 
 
-def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int = 2) -> Path:
+def save(
+    folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int = 2, ranks: Ranks = ALONE
+) -> Path:
     """Write one checkpoint, point `latest` at it, and drop all but the `keep` newest.
 
     Args:
@@ -38,6 +43,7 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[
         step: optimizer steps done.
         tensors: saved bit for bit.
         state: JSON-able; floats come back exactly.
+        ranks: all of them have to call this. What is not cut over them, the first one writes.
 
     Returns:
         The new checkpoint's own folder.
@@ -46,27 +52,31 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[
         KeelError: the disk is full. The checkpoints that were there still are, and nothing half-written is left.
     """
     folder = Path(folder)
-    target, draft = folder / _name(step), folder / f".draft-{_name(step)}-{os.getpid()}"
+    target, draft = folder / _name(step), folder / f".draft-{_name(step)}-{ranks.by_first(os.getpid)}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(folder)
-        draft.mkdir()
-        _write(draft, step, tensors, state)
-        _put_in_place(draft, target)
-        write_atomically(folder / "latest", target.name + "\n")
+        ranks.by_first(lambda: _begin(folder, draft))
+        if any(map(is_sharded, tensors.values())):
+            digest: Any = shards.write(draft / "shards", tensors, ranks)
+        else:
+            digest = ranks.by_first(lambda: _write(draft / "tensors.safetensors", tensors))
+        ranks.by_first(lambda: _end(draft, target, {"format": FORMAT, "step": step, "sha256": digest, "state": dict(state)}, keep))
     except OSError as fault:
         shutil.rmtree(draft, ignore_errors=True)
         raise disk_error(fault, f"checkpoint of step {step}", folder) from fault
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
-    for old in checkpoints(folder)[:-keep]:
-        _discard(folder / _name(old))
     return target
 
 
-def load(folder: Path, step: int | None = None) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
+def load(
+    folder: Path, step: int | None = None, like: Mapping[str, Tensor] | None = None, ranks: Ranks = ALONE
+) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
     """The newest checkpoint, or that of one step: (step, tensors, state), bit for bit as saved.
+
+    Args:
+        like: by name, tensors that are cut over ranks. What was saved in parts is read cut like them, each rank its own; all else
+            is read whole by every rank.
 
     Raises:
         KeelError: there is none, or its files are damaged (then it says which whole ones remain).
@@ -78,13 +88,12 @@ def load(folder: Path, step: int | None = None) -> tuple[int, dict[str, Tensor],
         raise KeelError(f"There is no checkpoint of step {step} in {folder}. Expected one of {checkpoints(folder)}.")
     try:
         record = json.loads((place / "state.json").read_text(encoding="utf-8"))
-        _check_digest(place / "tensors.safetensors", record["sha256"])
-        return record["step"], load_file(place / "tensors.safetensors"), record["state"]
+        return record["step"], _read(place, record["sha256"], like or {}, ranks), record["state"]
     except (OSError, ValueError, KeyError, SafetensorError) as fault:
         others = [s for s in checkpoints(folder) if s != step]
         remain = f"Whole ones may remain at steps {others}" if others else "No other one remains"
         raise KeelError(
-            f"The checkpoint {place} is damaged: {fault}. Expected state.json and a tensors.safetensors with the "
+            f"The checkpoint {place} is damaged: {fault}. Expected state.json and tensors.safetensors (or shards/) with the "
             f"sha256 that it names. {remain}: delete {place.name} to go on from the newest of them, or start the run "
             "anew."
         ) from fault
@@ -131,8 +140,22 @@ def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {"numpy": rest, "python": [version, list(internal), gauss]}
 
 
-def restore_random_state(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Put every global random generator back to where `random_state` found it."""
+def random_states(ranks: Ranks) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """`random_state` of every rank; those of ranks after the first under the rank's number."""
+    (tensors, state), *others = ranks.gather(random_state)
+    for rank, (their_tensors, their_state) in enumerate(others, start=1):
+        tensors |= {f"rank{rank}.{name}": tensor for name, tensor in their_tensors.items()}
+        state[f"rank{rank}"] = their_state
+    return tensors, state
+
+
+def restore_random_state(tensors: Mapping[str, Tensor], state: Mapping[str, Any], rank: int = 0) -> None:
+    """Put every global random generator back to where `random_states` found it; a rank that was not there keeps its own."""
+    if rank:
+        tensors = {name.removeprefix(f"rank{rank}."): t for name, t in tensors.items() if name.startswith(f"rank{rank}.")}
+        state = state.get(f"rank{rank}", {})
+    if not state:
+        return
     torch.set_rng_state(tensors["random.torch"])
     keys = tensors["random.numpy"].numpy().astype(np.uint32)
     np.random.set_state(("MT19937", keys, *state["numpy"]))
@@ -143,16 +166,38 @@ def restore_random_state(tensors: Mapping[str, Tensor], state: Mapping[str, Any]
         torch.cuda.set_rng_state_all(cuda)
 
 
-def _write(draft: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    path = draft / "tensors.safetensors"
+def _begin(folder: Path, draft: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(folder)
+    draft.mkdir()
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write a file of tensors; its sha256."""
     with _plain_os_errors():
         save_file(_apart(tensors), path)
-    flush(path)
-    record = {"format": FORMAT, "step": step, "sha256": _digest(path), "state": dict(state)}
+    return _digest(path)
+
+
+def _end(draft: Path, target: Path, record: Mapping[str, Any], keep: int) -> None:
+    """Write what belongs to the tensors, and put all of it in place."""
     text = json.dumps(record, allow_nan=False)
     (draft / "state.json").write_text(text, encoding="utf-8")
-    flush(draft / "state.json")
+    for written in draft.rglob("*"):
+        (flush_folder if written.is_dir() else flush)(written)
     flush_folder(draft)
+    _put_in_place(draft, target)
+    write_atomically(target.parent / "latest", target.name + "\n")
+    for old in checkpoints(target.parent)[:-keep]:
+        _discard(target.parent / _name(old))
+
+
+def _read(place: Path, digest: Any, like: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    if (place / "shards").is_dir():
+        shards.check(place / "shards", digest, ranks)
+        return shards.read(place / "shards", like, ranks)
+    _check_digest(place / "tensors.safetensors", digest)
+    return load_file(place / "tensors.safetensors")
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -17,20 +17,22 @@ from keel.config import RunConfig
 from keel.diagnostics import measure, measure_routing
 from keel.diagnostics.parts import part_metrics
 from keel.models.lora import plain_copy, reference, started_from_zero
-from keel.models.policy import Policy
+from keel.models.policy import Policy, TokenLogp
 from keel.models.routing import check_recorded, check_replayable
+from keel.models.sharding import cut_like
 from keel.objectives.objective import Objective, Prepared
 from keel.objectives.recipes import Recipe
 from keel.rollout.engine import Engine
 from keel.tasks.task import Task
 from keel.training.ahead import Ahead
-from keel.training.batch import batch_from_groups, micro_batches
+from keel.training.batch import batch_from_groups, micro_batches, split
 from keel.training.buffer import STREAMS, Collected
+from keel.training.ranks import ALONE, Ranks
 from keel.training.ray_rollouts import RayRollouts
-from keel.training.rollouts import InTurn, Rollouts, Sampler
-from keel.training.step import accumulate_gradient, apply_gradient, learning_rate, look
+from keel.training.rollouts import InTurn, Rollouts, Sampler, of_first
+from keel.training.step import Gradient, accumulate_gradient, apply_gradient, learning_rate, look
 from keel.training.tokens import TokenTrace, groups_to_trace, trace
-from keel.types import Batch, Group
+from keel.types import Batch, Group, StepCounts
 
 
 @dataclass(frozen=True)
@@ -63,17 +65,21 @@ class Trainer:
         task: prompts and reward.
         recipe: the objective, and what it asks of the loop.
         config: the run.
+        ranks: that train it together; every one has a trainer of its own, and all do the same.
     """
 
-    def __init__(self, policy: Policy, engine: Engine, task: Task, recipe: Recipe, config: RunConfig):
+    def __init__(self, policy: Policy, engine: Engine, task: Task, recipe: Recipe, config: RunConfig, ranks: Ranks = ALONE):
         self.policy, self.engine, self.task, self.recipe, self.config = policy, engine, task, recipe, config
         self.objective: Objective = recipe.objective
+        self.ranks = ranks
         if config.train.routing_replay != "none":
             check_replayable(policy.name, policy.base.config, policy.routing)
         self.sampling = config.sampling.distribution()
         self.stream = STREAMS[config.train.curriculum](task.train, config.seed)
         self.step = self.updates = self.batch = self.tokens = self.skipped = 0
         settings = config.train
+        self.reference = _reference(policy, ranks, settings.device) if "logp_ref" in self.objective.needs else None
+        ranks.cut(policy, settings.device)
         self.parameters = policy.parameters()
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
@@ -86,7 +92,6 @@ class Trainer:
         self.updates_per_batch = settings.updates_per_batch or recipe.updates_per_batch
         dynamic = settings.dynamic_sampling
         self.dynamic_sampling = recipe.dynamic_sampling if dynamic is None else dynamic
-        self.reference = _reference(policy) if "logp_ref" in self.objective.needs else None
         self._rollouts: Rollouts | None = None
 
     @property
@@ -110,11 +115,10 @@ class Trainer:
     def _begin_rollouts(self) -> Rollouts:
         if self.config.samples_apart:
             self.engine.sleep()
-            source = RayRollouts if self.config.cluster.ray else Ahead
-            return source(self.config, self.policy.weights(), self.step, self.stream)
-        return InTurn(
-            Sampler(self.engine, self.policy, self.task, self.stream, self.config, self.dynamic_sampling, self.updates_per_batch)
-        )
+            source, weights = RayRollouts if self.config.cluster.ray else Ahead, self.policy.weights()
+            return of_first(self.ranks, self.stream, lambda: source(self.config, weights, self.step, self.stream))
+        what = self.engine, self.policy, self.task, self.stream, self.config
+        return InTurn(Sampler(*what, self.dynamic_sampling, self.updates_per_batch, self.ranks))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Tensors and clocks from which `restore` goes on bit for bit. Draws are keyed by the clocks, so no generator is stored."""
@@ -130,13 +134,20 @@ class Trainer:
             {"engine_behind": self.engine.behind} if held else {}
         )
 
+    def cut_tensors(self) -> dict[str, Tensor]:
+        """By their names in a checkpoint, how tensors are cut over ranks: an optimizer's states as the weights are."""
+        if not self.ranks.sharded:
+            return {}
+        kinds = (("weights.", ""), ("optimizer.", ".exp_avg"), ("optimizer.", ".exp_avg_sq"))
+        return {f"{before}{name}{after}": p.detach() for name, p in self.parameters.items() for before, after in kinds}
+
     def restore(self, tensors: dict[str, Tensor], clocks: dict[str, int]) -> None:
         """Take the state of a checkpoint."""
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(tensors[f"weights.{name}"])
+                parameter.copy_(cut_like(parameter, tensors[f"weights.{name}"]))
                 prefix = f"optimizer.{name}."
-                kept = {key.removeprefix(prefix): v.clone() for key, v in tensors.items() if key.startswith(prefix)}
+                kept = {k.removeprefix(prefix): cut_like(parameter, v).clone() for k, v in tensors.items() if k.startswith(prefix)}
                 if kept:
                     self.optimizer.state[parameter] = kept
         for name in ("step", "updates", "batch", "tokens", "skipped"):
@@ -204,21 +215,20 @@ def _with_log_probabilities(trainer: Trainer, batch: Batch) -> Batch:
     by definition, and the ratio of the loss is π/μ. Routing is replayed in every forward pass of the policy's (R3), or in those of
     the updates (R2); the reference chooses its own experts.
     """
-    settings, temperature, replay = trainer.config.train, trainer.sampling.temperature, trainer.config.train.routing_replay
+    settings, replay = trainer.config.train, trainer.config.train.routing_replay
     updates = _updates(batch, trainer.updates_per_batch)  # cut as they will be cut, so that equal weights give equal bits
-    some = [rows for rows in updates if len(rows)]  # a batch may hold fewer prompts than updates
-    cuts = [rows[part] for rows in some for part in micro_batches(batch.rows(rows), settings.micro_batch_tokens)]
+    share = _share(trainer, batch, [rows for rows in updates if len(rows)])  # a batch may hold fewer prompts than updates
     probe = settings.probe_every > 0 and trainer.batch % settings.probe_every == 0
     several = trainer.updates_per_batch > 1
     asked = not settings.bypass_old and (probe or several or "logp_old" in trainer.objective.needs)
     if trainer.reference is not None:
         with trainer.reference() as reference:
-            batch = replace(batch, logp_ref=look(reference, batch, cuts, temperature).logp)
+            batch = replace(batch, logp_ref=_look(trainer, reference, batch, share).logp)
     if replay == "R3":
         check_recorded(batch.experts_rollout, trainer.policy.routing)
         batch = replace(batch, experts=batch.experts_rollout)
     if asked or (replay == "R2" and several):  # a first update chooses as the sampling weights do: nothing to replay
-        seen = look(trainer.policy, batch, cuts, temperature)
+        seen = _look(trainer, trainer.policy, batch, share)
         batch = replace(batch, logp_old=seen.logp, experts_old=seen.experts)
     if settings.bypass_old:
         batch = replace(batch, logp_old=batch.logp_rollout)
@@ -231,6 +241,44 @@ def _updates(batch: Batch, updates: int) -> list[Tensor]:
     return [torch.isin(batch.group, part).nonzero()[:, 0] for part in torch.tensor_split(groups, updates)]
 
 
+@dataclass(frozen=True)
+class _Share:
+    """What one rank computes of a batch: its micro-batches, all their rows, and how many passes it only stands by."""
+
+    cuts: Sequence[Tensor]
+    rows: Tensor
+    idle: int
+
+
+def _share(trainer: Trainer, batch: Batch, updates: Sequence[Tensor]) -> _Share:
+    """This rank's part of some updates. Where weights are cut, every rank has to make as many passes as the busiest one."""
+    ranks, cap = trainer.ranks, trainer.config.train.micro_batch_tokens
+    of_ranks: list[list[Tensor]] = [[] for _ in range(ranks.size)]
+    for update in updates:
+        for cuts, rows in zip(of_ranks, split(batch.rows(update), ranks.size), strict=True):
+            mine = update[rows]
+            cuts += [mine[part] for part in micro_batches(batch.rows(mine), cap) if len(part)]
+    cuts = of_ranks[ranks.rank]
+    busiest = max(map(len, of_ranks)) if ranks.sharded else len(cuts)
+    return _Share(cuts, torch.cat([batch.group.new_empty(0), *cuts]), busiest - len(cuts))
+
+
+def _look(trainer: Trainer, policy: Policy, batch: Batch, share: _Share) -> TokenLogp:
+    """`look` of all rows, by all ranks."""
+    seen = look(policy, batch, share.cuts, trainer.sampling.temperature, share.idle)
+    return TokenLogp(*trainer.ranks.complete((seen.logp, seen.entropy, seen.experts), share.rows))
+
+
+def _gradient(trainer: Trainer, batch: Batch, prepared: Prepared, counts: StepCounts) -> Gradient:
+    """`accumulate_gradient` over all rows, by all ranks; afterwards every rank has the whole gradient, or its part of it."""
+    share = _share(trainer, batch, [torch.arange(len(batch))])
+    whole = trainer.policy, trainer.objective, batch, prepared, counts
+    mine = accumulate_gradient(*whole, share.cuts, trainer.sampling.temperature, share.idle)
+    trainer.ranks.add_up(list(trainer.parameters.values()))
+    loss = trainer.ranks.sums({"loss": mine.loss})["loss"]
+    return Gradient(loss, *trainer.ranks.complete((mine.logp, mine.entropy, mine.experts), share.rows))
+
+
 def _update(trainer: Trainer, batch: Batch, prepared: Prepared) -> tuple[dict[str, float], str, tuple[Tensor, Tensor]]:
     """One optimizer step on these rows: its metrics, the name of a tensor whose gradient was not finite ("" if none), and the
     log-probabilities and entropies [B, T] that its loss saw.
@@ -238,8 +286,7 @@ def _update(trainer: Trainer, batch: Batch, prepared: Prepared) -> tuple[dict[st
     begin = time.perf_counter()
     config, objective = trainer.config, trainer.objective
     counts = objective.counts(batch, prepared, trainer.sampling.max_completion_tokens)
-    cuts = micro_batches(batch, config.train.micro_batch_tokens)
-    gradient = accumulate_gradient(trainer.policy, objective, batch, prepared, counts, cuts, trainer.sampling.temperature)
+    gradient = _gradient(trainer, batch, prepared, counts)
     rate = learning_rate(config.train.lr, config.train.lr_schedule, config.train.warmup_steps, trainer.updates, config.steps)
     for group in trainer.optimizer.param_groups:
         group["lr"] = rate
@@ -262,7 +309,7 @@ def _update(trainer: Trainer, batch: Batch, prepared: Prepared) -> tuple[dict[st
     return metrics, applied.non_finite, (gradient.logp, gradient.entropy)
 
 
-def _reference(policy: Policy) -> Callable[[], AbstractContextManager[Policy]]:
+def _reference(policy: Policy, ranks: Ranks, device: str) -> Callable[[], AbstractContextManager[Policy]]:
     """Where the policy stands now, to be asked later: a frozen copy, or, for fresh adapters, the policy with them switched off."""
     if policy.model is not policy.base:
         if started_from_zero(policy.model):
@@ -273,5 +320,6 @@ def _reference(policy: Policy) -> Callable[[], AbstractContextManager[Policy]]:
                     yield policy
 
             return without_adapters
-    frozen = Policy(plain_copy(policy.model), policy.tokenizer, policy.template, policy.end_ids, policy.name)
+    frozen = policy.over(plain_copy(policy.model))
+    ranks.cut(frozen, device)
     return lambda: nullcontext(frozen)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol, runtime_checkable
@@ -16,6 +16,7 @@ from keel.rewards.compose import spent
 from keel.rollout.engine import Engine, Seed, check_completions
 from keel.tasks.task import Task, reward_many
 from keel.training.buffer import Collected, Filling, PromptStream, by_prompt, fill, score_groups
+from keel.training.ranks import ALONE, Ranks
 from keel.types import Group, Prompt
 
 
@@ -44,6 +45,7 @@ class Sampler:
         policy: renders prompts, and says what ends a completion; its weights are not looked at.
         dynamic_sampling: whether groups without signal are drawn again.
         updates_per_batch: a batch holds that many times `prompts_per_step` prompts.
+        ranks: that sample it together.
     """
 
     engine: Engine
@@ -53,11 +55,13 @@ class Sampler:
     config: RunConfig
     dynamic_sampling: bool
     updates_per_batch: int
+    ranks: Ranks = ALONE
 
     def batch(self, step: int) -> Collected:
         """The batch for optimizer step `step`."""
         filling = Filling.of(self.config, self.dynamic_sampling, self.updates_per_batch)
-        return replace(fill(filling, self.stream, lambda prompts: self.groups(prompts, step)), spent=self.spent())
+        groups = self.ranks.spread(lambda prompts: self.groups(prompts, step))
+        return replace(fill(filling, self.stream, groups), spent=self.ranks.sums(self.spent()))
 
     def groups(self, prompts: Sequence[Prompt], step: int) -> list[Group]:
         """A group of each prompt, graded, with the draws of step `step`. Completions are checked against the engine's contract."""
@@ -92,6 +96,39 @@ class InTurn:
 
     def close(self) -> None:
         """Nothing works in the background."""
+
+
+class OfFirst:
+    """Batches that the first of several ranks has from elsewhere, for all of them.
+
+    Args:
+        stream: every rank's place in the data.
+        begin: what the first rank begins.
+    """
+
+    def __init__(self, ranks: Ranks, stream: PromptStream, begin: Callable[[], Rollouts]):
+        self.ranks, self.stream, self.own = ranks, stream, None
+
+        def begin_here() -> None:
+            self.own = begin()
+
+        ranks.by_first(begin_here)
+
+    def collect(self, step: int) -> Collected:
+        collected, self.stream.taken = self.ranks.by_first(lambda: (self.own.collect(step), self.stream.taken))
+        return collected
+
+    def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+        self.ranks.by_first(lambda: self.own.publish(weights, version))
+
+    def close(self) -> None:
+        if self.own is not None:
+            self.own.close()
+
+
+def of_first(ranks: Ranks, stream: PromptStream, begin: Callable[[], Rollouts]) -> Rollouts:
+    """What `begin` gives, shared where there are several ranks."""
+    return begin() if ranks.size == 1 else OfFirst(ranks, stream, begin)
 
 
 def sampler_of(config: RunConfig, threads: int, taken: int = 0) -> Sampler:
