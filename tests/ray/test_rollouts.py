@@ -218,7 +218,7 @@ def test_a_killed_trainer_takes_its_workers_along_and_goes_on_from_its_checkpoin
     least = rng.randint(1, 40)
     with begun(cluster, tmp_path / "run") as trainer:
         try:
-            until(lambda: steps_of(tmp_path / "run") >= least, 120)
+            until(lambda: steps_of(tmp_path / "run") >= least, 300)
             time.sleep(rng.uniform(0, 0.2))
         finally:
             trainer.kill()
@@ -238,7 +238,7 @@ def test_a_killed_trainer_takes_its_workers_along_and_goes_on_from_its_checkpoin
 def test_ctrl_c_saves_and_ends_the_workers_and_leaves_the_cluster(cluster, tmp_path):
     with begun(cluster, tmp_path / "run", steps=5000) as trainer:
         try:
-            until(lambda: steps_of(tmp_path / "run") >= 3, 120)
+            until(lambda: steps_of(tmp_path / "run") >= 3, 300)
             trainer.send_signal(signal.SIGINT)
             said, _ = trainer.communicate(timeout=60)
         finally:

@@ -42,7 +42,7 @@ def measured(out: Path) -> list[dict]:
 
 def killed_once(out: Path) -> None:
     """Kill the process that works on a run as soon as it has saved something."""
-    until(lambda: list((out / "checkpoints").glob("*")), 120)
+    until(lambda: list((out / "checkpoints").glob("*")), 300)
     os.kill(int(at_work(out).read_text().split()[1]), signal.SIGKILL)
 
 
@@ -84,7 +84,7 @@ def test_it_waits_for_a_cpu_and_ctrl_c_saves_what_runs_and_leaves_the_cluster(tm
             cluster.ask("free")
 
     def interrupt() -> None:
-        until(lambda: len(measured(job.out)) > 3, 120)
+        until(lambda: len(measured(job.out)) > 3, 300)
         os.kill(os.getpid(), signal.SIGINT)
 
     stopper = threading.Thread(target=interrupt)
