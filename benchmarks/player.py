@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -28,6 +29,7 @@ class Step:
         train_s: forward, backward and optimizer.
         tokens: sampled completion tokens.
         peak_mb: highest resident memory during the step, above what stood after imports; None where the system cannot tell.
+        device_mb: highest memory of a card's tensors during the step; None without a card.
     """
 
     seconds: float
@@ -35,6 +37,7 @@ class Step:
     train_s: float
     tokens: int
     peak_mb: float | None = None
+    device_mb: float | None = None
 
 
 def memory_mb(key: str) -> float | None:
@@ -49,6 +52,17 @@ def reset_peak() -> None:
     """Let VmHWM start again from the resident memory of now."""
     if CLEAR.exists():
         CLEAR.write_text("5")
+    if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def device_mb() -> float | None:
+    """Most memory of a card's tensors since the last `reset_peak`, once the card has done what it was asked; None without one."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() / 2**20
 
 
 class Channel:
@@ -76,8 +90,9 @@ class Channel:
         self.started = time.perf_counter()
 
     def done(self, rollout_s: float, train_s: float, tokens: int) -> None:
+        on_device = device_mb()
         seconds = time.perf_counter() - self.started
-        self.pipe.send(("step", Step(seconds, rollout_s, train_s, tokens, self.above("VmHWM"))))
+        self.pipe.send(("step", Step(seconds, rollout_s, train_s, tokens, self.above("VmHWM"), on_device)))
 
 
 def _main(pipe: Connection, play: Callable, arguments: tuple) -> None:

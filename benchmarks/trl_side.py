@@ -50,8 +50,8 @@ def configuration(work: Work, rows: int, steps: int, folder: str):
 
     return GRPOConfig(
         output_dir=folder,
-        use_cpu=True,
-        bf16=False,
+        use_cpu=work.device == "cpu",
+        bf16=work.dtype == "bf16",
         gradient_checkpointing=False,
         per_device_train_batch_size=rows,
         gradient_accumulation_steps=work.completions // rows,

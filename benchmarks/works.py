@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from keel.errors import KeelError
 from keel.models.load import load_policy
 from keel.models.policy import Policy
@@ -27,6 +29,8 @@ class Work:
         trl_rows: TRL's best micro-batch, completions: found by `--sweep`.
         keel_tokens: keel's best micro-batch, prompt + completion tokens (None: no cut): found by `--sweep`.
         pairs: timed pairs of steps.
+        device: of both systems' models.
+        dtype: of both systems' matrix products; master weights are fp32.
         probe_every: of keel: batches between separate forward passes that measure on-policyness. TRL has none, so 0 is equal work.
     """
 
@@ -40,6 +44,8 @@ class Work:
     keel_tokens: int | None
     pairs: int
     probe_every: int = 0
+    device: str = "cpu"
+    dtype: str = "fp32"
 
     @property
     def completions(self) -> int:
@@ -72,10 +78,11 @@ class Given:
         return max(len(prompt.token_ids) for prompt in self.prompts)
 
 
-def give(work: Work, steps: int) -> Given:
+def give(work: Work, steps: int, seed: int = SEED) -> Given:
     """Load the work for `steps` steps. keel's own stream decides the order of prompts; TRL is handed the same."""
-    policy, task = load_policy(work.model), get_task(work.task)
-    prompts = PromptStream(task.train, SEED).take(work.prompts * steps)
+    products = torch.bfloat16 if work.dtype == "bf16" else None  # TRL computes in its own way, by its own setting
+    policy, task = load_policy(work.model, device=work.device, products=products), get_task(work.task)
+    prompts = PromptStream(task.train, seed).take(work.prompts * steps)
     return Given(policy, task, [policy.template.render(prompt, policy.tokenizer) for prompt in prompts])
 
 

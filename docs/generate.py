@@ -6,6 +6,7 @@ from pathlib import Path
 
 from keel.audit.whole import audit_everything
 from keel.diagnostics import metrics_markdown
+from keel.doctor.pages import pages
 from keel.lab.ledger import claims_page
 from keel.objectives.papers import papers_markdown
 
@@ -19,3 +20,7 @@ PAGES = {
 if __name__ == "__main__":
     for name, markdown in PAGES.items():
         (HERE / name).write_text(markdown(), encoding="utf-8")
+    faults = HERE / "faults"
+    faults.mkdir(exist_ok=True)
+    for name, text in pages().items():
+        (faults / name).write_text(text, encoding="utf-8")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from keel.arguments import parser_of, read
@@ -162,58 +162,9 @@ def papers(arguments: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print as JSON on stdout")
     parser.add_argument("--markdown", action="store_true", help="print docs/papers.md")
     options = parser.parse_args(arguments)
-    from keel.objectives.papers import difference, papers_markdown
-    from keel.objectives.recipes import RECIPES, recipe
+    from keel.papers import told
 
-    if len(options.recipes) > 2:
-        raise KeelError(f"keel papers was given {len(options.recipes)} recipes. Expected none, one or two to compare.")
-    if options.markdown:
-        print(papers_markdown(), end="")
-    elif len(options.recipes) == 2:
-        found = difference(*options.recipes)
-        _print_json(map(vars, found)) if options.json else _print_difference(found, *options.recipes)
-    elif options.recipes:
-        one = recipe(options.recipes[0])
-        _print_json([_plain(one)]) if options.json else _print_one(one)
-    else:
-        _print_json(map(_plain, RECIPES.values())) if options.json else _print_list()
-
-
-def _plain(one: Any) -> dict[str, Any]:
-    from keel.objectives.papers import choices
-
-    about = {name: getattr(one, name) for name in ("name", "title", "paper", "url", "notes")}
-    return about | {"choices": choices(one), "sources": dict(one.sources)}
-
-
-def _print_json(rows: Iterable[Any]) -> None:
-    print(json.dumps(list(rows), ensure_ascii=False))
-
-
-def _print_list() -> None:
-    from keel.objectives.recipes import RECIPES
-
-    width = max(map(len, RECIPES))
-    print(*(f"{each.name:<{width}}  {each.title}  [{each.paper}]" for each in RECIPES.values()), sep="\n")
-
-
-def _print_one(one: Any) -> None:
-    from keel.objectives.papers import choices
-
-    print(f"{one.title}\n{one.paper}  {one.url}\n")
-    for name, here in choices(one).items():
-        source = one.sources.get(name, "")
-        print(f"{name:<19} {here}" + (f"\n{'':<19} └ {source}" if source else ""))
-    print(f"\n{one.notes}" if one.notes else "")
-
-
-def _print_difference(found: Sequence[Any], a: str, b: str) -> None:
-    width = max(len(a), len(b))
-    for each in found:
-        print(each.field)
-        for name, choice, source in ((a, each.a, each.source_a), (b, each.b, each.source_b)):
-            print(f"  {name:<{width}}  {choice}" + (f"\n  {'':<{width}}  └ {source}" if source else ""))
-    print("" if found else f"{a} and {b} choose the same.")
+    print(told(options.recipes, as_json=options.json, as_markdown=options.markdown), end="")
 
 
 # ── audit ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -267,18 +218,28 @@ def gap(arguments: list[str]) -> int:
 
 
 def doctor(arguments: list[str]) -> int:
-    """examine a configuration before a run, or a run: keel doctor quickstart, keel doctor runs/mine; exit code 1 for findings"""
+    """examine a configuration, a run or a log: keel doctor quickstart, runs/mine, trainer_state.json; exit code 1 for findings"""
     parser = parser_of("doctor", doctor, settings=True)
-    parser.add_argument("source", nargs="?", default="quickstart", help="a configuration as `keel train` takes it, or a run folder")
+    what = (
+        "a configuration as `keel train` takes it, a run folder, another framework's metrics (a file or folder), or a fault: K620"
+    )
+    parser.add_argument("source", nargs="?", default="quickstart", help=what)
+    parser.add_argument(
+        "--from", default="", dest="framework", metavar="NAME", help="whose metrics: trl or verl (found by their names)"
+    )
     parser.add_argument(
         "--probe", action="append", default=[], metavar="NAME", help="ask this one alone (several: repeat; list: all)"
     )
-    parser.add_argument("--step", type=int, help="with --probe, of a run: the checkpoint of this step, not the newest")
+    parser.add_argument("--step", type=int, help="of a run: the weights of this checkpoint (with --probe, else the newest)")
+    parser.add_argument("--folder-only", action="store_true", help="of a run: read what it left, and ask the living system nothing")
     parser.add_argument("--json", action="store_true", help="print as JSON on stdout")
     options, overrides = read(parser, arguments)
-    from keel.doctor.command import run
+    from keel.doctor.command import is_foreign, run, run_on_log
 
-    return run(options.source, overrides, probes=options.probe, step=options.step, as_json=options.json)
+    if options.framework or is_foreign(options.source):
+        return run_on_log(options.source, options.framework, overrides, as_json=options.json)
+    told = dict(probes=options.probe, step=options.step, folder_only=options.folder_only, as_json=options.json)
+    return run(options.source, overrides, **told)
 
 
 # ── grade ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -385,20 +346,18 @@ def view(arguments: list[str]) -> int:
 # ── export ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def export(arguments: list[str]) -> None:
-    """write a run's policy as a plain transformers folder, adapters merged: keel export runs/mine"""
-    parser = parser_of("export", export)
-    parser.add_argument("run", help="the run folder")
-    parser.add_argument("out", nargs="?", help="the new folder (default: RUN/export)")
-    parser.add_argument("--step", type=int, help="the checkpoint of this step, not the newest")
-    options = parser.parse_args(arguments)
-    from keel.run_folder import RunFolder
+def export(arguments: list[str]) -> int:
+    """write a run as a plain folder, or a recipe as an engine's configuration: keel export runs/mine, keel export dapo --to trl"""
+    parser = parser_of("export", export, settings=True)
+    parser.add_argument("source", help="the run folder; with --to a configuration as `keel train` takes it")
+    parser.add_argument("out", nargs="?", help="the new folder (default: RUN/export); with --to the new file (default: printed)")
+    parser.add_argument("--step", type=int, help="of a run: the checkpoint of this step, not the newest")
+    parser.add_argument("--to", metavar="ENGINE", help="trl, verl, prime-rl or slime; what it cannot express is named on stderr")
+    parser.add_argument("--adapter", action="store_true", help="with --to trl or verl: name keel's own loss, and not their knobs")
+    options, overrides = read(parser, arguments)
+    from keel.integrations.command import run
 
-    folder = RunFolder.open(options.run)
-    from keel.models.export import export as write
-    from keel.run import trained_policy
-
-    print(write(trained_policy(folder, options.step), options.out or folder.path / "export"))
+    return run(options, overrides)
 
 
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {

@@ -40,7 +40,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
 
 def panel_name(task: str) -> str:
     """A task's spec as it stands in a metric's name."""
-    return "".join(letter if letter.isalnum() or letter in "_.:-" else "-" for letter in task)
+    return "".join(letter if letter.isalnum() or letter in "_.:@-" else "-" for letter in task)
 
 
 def _evaluations(rows: Sequence[Row]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from keel.config import RunConfig  # noqa: E402
+from keel.models.load import silence  # noqa: E402
 from keel.models.lora import LoraConfig, wrap  # noqa: E402
 from keel.models.policy import Policy  # noqa: E402
 from keel.models.templates import Template  # noqa: E402
@@ -71,7 +72,7 @@ class Stored:
 
 
 def make_policy(kind="qwen3", double=True, lora=False, **computing):
-    model = tiny_model(kind)
+    model = silence(tiny_model(kind))
     if lora:
         model = wrap(model, LoraConfig(rank=4), seed=3)
     model = model.double() if double else model
@@ -81,11 +82,11 @@ def make_policy(kind="qwen3", double=True, lora=False, **computing):
 TASK = get_task("arithmetic:easy")
 
 
-def trainer_of(policy, name, batches, ranks=ALONE, first=0, **train):
+def trainer_of(policy, name, batches, ranks=ALONE, **train):
     settings = dict(updates_per_batch=1, lr=3e-3, micro_batch_tokens=40, weight_decay=0.01, group_size=4) | train
     config = RunConfig(recipe=name, steps=len(batches), train=settings, sampling={"max_completion_tokens": CAP}).resolved()
     trainer = Trainer(policy, LocalEngine(policy), TASK, recipe(name), config, ranks)
-    trainer._rollouts = Stored(batches, first)
+    trainer._rollouts = Stored(batches)
     return trainer
 
 

@@ -20,7 +20,7 @@ from keel.training import checkpoint  # noqa: E402
 from keel.training.ranks import ALONE  # noqa: E402
 
 MODES = ("ddp", "fsdp")
-ROUGH = {"policy fp32": 1e-5, "policy bf16": 1e-2}
+ROUGH = {"policy fp32": 1e-5, "policy mixture": 1e-6}  # a router's softmax is always in 32 bits
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import torch
-from stored import TASK, groups_of, make_policy, trained, trainer_of
+from stored import TASK, Stored, groups_of, make_policy, trained, trainer_of
 
 from keel.config import RunConfig
 from keel.errors import KeelError
@@ -32,12 +32,11 @@ POLICIES = {
     "adapters": dict(lora=True),
     "recomputed": dict(recompute=True),
     "recomputed by transformers": dict(kind="gpt2", recompute=True),
-    "bf16": dict(double=False, products=torch.bfloat16),
 }
 CASES = {f"recipe {name}": (name, UNEQUAL, "plain", {}) for name in sorted(RECIPES)}
 CASES |= {f"policy {name}": ("grpo", UNEQUAL[:6], name, {}) for name in POLICIES if name not in ("plain", "fp32")}
 CASES |= {
-    "policy fp32": ("solid", UNEQUAL, "fp32", {}),
+    "policy fp32": ("solid", UNEQUAL, "fp32", {"lr": 1e-4}),
     "a rank without completions": ("solid", LONELY, "plain", {}),
     "unequal micro-batches": ("dapo", LOPSIDED, "plain", {"micro_batch_tokens": 12}),
     "clipped": ("solid", UNEQUAL[:4], "plain", {"max_grad_norm": 1e-3}),
@@ -83,9 +82,10 @@ def saved(trainer, folder, ranks):
 
 
 def restored(folder, ranks, first):
-    trainer = trainer_of(make_policy(), "grpo", UNEQUAL[:9], ranks, first)
+    trainer = trainer_of(make_policy(), "grpo", UNEQUAL[:9], ranks)
     _, tensors, state = checkpoint.load(folder, like=trainer.cut_tensors(), ranks=ranks)
     trainer.restore(tensors, state["clocks"])
+    trainer._rollouts = Stored(UNEQUAL[:9], first)  # restoring ends what sampled before
     return trainer
 
 

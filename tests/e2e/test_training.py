@@ -182,5 +182,5 @@ def test_a_panel_task_may_have_a_cap_of_its_own():
     panel = ["arithmetic:medium@3", "arithmetic:medium@48"]
     few = {"evaluation.prompts": 8, "evaluation.samples": 1, "evaluation.panel": panel, "sampling.max_completion_tokens": 48}
     told = held_out(assemble(load_config("solid", SMALL | few).resolved()))
-    assert told["eval/arithmetic:medium-3/truncated_frac"] == 1.0 and told["eval/arithmetic:medium-3/pass@1"] == 0.0
-    assert told["eval/arithmetic:medium-48/pass@1"] == told["eval/pass@1"] > 0.0
+    assert told["eval/arithmetic:medium@3/truncated_frac"] == 1.0 and told["eval/arithmetic:medium@3/pass@1"] == 0.0
+    assert told["eval/arithmetic:medium@48/pass@1"] == told["eval/pass@1"] > 0.0

@@ -88,13 +88,13 @@ class Seeded:
 
 
 @contextmanager
-def planted(*names: str) -> Iterator[dict[str, Any]]:
-    """Plant these faults of `SEEDED`, hand out the settings with which they show, and mend everything at the end."""
-    ground = Ground()
+def planted(*names: str, table: dict[str, Seeded] | None = None) -> Iterator[dict[str, Any]]:
+    """Plant these faults of `SEEDED`, or of another table, hand out settings with which they show, and mend all at the end."""
+    ground, table = Ground(), SEEDED if table is None else table
     try:
         for name in names:
-            ground.settings |= SEEDED[name].settings
-            SEEDED[name].plant(ground)
+            ground.settings |= table[name].settings
+            table[name].plant(ground)
         yield ground.settings
     finally:
         ground.clear()

@@ -18,9 +18,9 @@ FLOORS = [  # a room may import from its own floor and from those above it in th
     {"training", "evaluate", "writers", "progress", "stopping", "curves", "summary", "data"},
     {"manifest", "run_folder"},
     {"run"},
-    {"audit", "gap", "grade", "lab", "doctor"},
+    {"audit", "gap", "grade", "lab", "doctor", "integrations"},
     {"report"},
-    {"arguments", "commands", "cli", "__init__", "__main__"},
+    {"arguments", "papers", "commands", "cli", "__init__", "__main__"},
 ]
 KNOWS_ONLY = {
     "diagnostics": {"types", "objectives", "errors"},

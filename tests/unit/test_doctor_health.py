@@ -1,6 +1,5 @@
 """Numbers that cannot be, in a step and in a run's record; the chances that alarms rest on; the verdict."""
 
-import json
 import math
 
 import numpy as np
@@ -12,8 +11,9 @@ from keel.diagnostics.health import contradictions, impossible
 from keel.doctor import chance
 from keel.doctor.catalogue import FAULTS, fault
 from keel.doctor.finding import PARTS, Check, Finding
-from keel.doctor.invariants import health_of
+from keel.doctor.invariants import health
 from keel.doctor.probes.controls import sign_flips
+from keel.doctor.record import Record
 from keel.doctor.verdict import LOOKS_AT, weigh
 from keel.errors import KeelError
 from keel.types import Group, Prompt, Score
@@ -82,22 +82,13 @@ def test_groups_that_cannot_be(make_completion):
     assert [f.metric for f in contradictions([torn], 2)] == ["reward/verdicts"]
 
 
-def test_a_health_record_is_read(tmp_path):
-    assert health_of(tmp_path).skipped
-    record = tmp_path / "health.jsonl"
-    record.write_text('{"step": 1, "found": []}\n')
-    assert health_of(tmp_path).holds
+def test_a_health_record_is_read():
+    assert health(Record("none")).skipped
+    assert health(Record("fine", health=({"step": 1, "found": []},))).holds
     bad = {"metric": "train/loss", "value": None, "why": "must be a finite number"}
-    record.write_text(
-        "".join(json.dumps({"step": n, "found": [bad] if n > 3 else []}) + "\n" for n in range(1, 6)) + '{"step": 6, "fo'
-    )
-    check = health_of(tmp_path)
+    rows = tuple({"step": float(n), "train/lr": 1e-4} for n in range(1, 6))
+    check = health(Record("bad", rows=rows, health=tuple({"step": n, "found": [bad] if n > 3 else []} for n in range(1, 6))))
     assert [f.fault.code for f in check.findings] == ["K174"] and "step 4" in check.says and "2 of 5 steps" in check.says
-
-
-def test_a_damaged_record_is_told_and_does_not_raise(tmp_path):
-    (tmp_path / "health.jsonl").write_text('{"step": 1,, }\n')
-    assert "cannot be read" in health_of(tmp_path).skipped
 
 
 # ── chances ───────────────────────────────────────────────────────────────────────────────────────────────────────────

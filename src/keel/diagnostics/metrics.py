@@ -34,7 +34,7 @@ class Metric:
     def matches(self, name: str) -> bool:
         """Whether a concrete name is an instance of this one."""
         pattern = re.escape(self.name).replace(r"\{k\}", r"\d+")
-        pattern = pattern.replace(r"\{panel\}", r"[\w.:\-]+").replace(r"\{part\}", r"[\w.\-]+")
+        pattern = pattern.replace(r"\{panel\}", r"[\w.:@\-]+").replace(r"\{part\}", r"[\w.\-]+")
         return re.fullmatch(pattern, name) is not None
 
 

@@ -102,17 +102,14 @@ def check_json(c: Check) -> dict[str, Any]:
     return {"name": c.name, "says": c.says, "findings": codes, "skipped": c.skipped, "seconds": round(c.seconds, 2)}
 
 
-def examine(
-    subject: Subject, source: str, see: Callable[[Check], None] = lambda check: None, besides: Sequence[Check] = ()
-) -> Card:
+def examine(subject: Subject, source: str, see: Callable[[Check], None] = lambda check: None) -> Card:
     """Ask every probe, and fill in the card.
 
     Args:
         see: is told each check as it is made.
-        besides: checks that were made elsewhere, such as a run's health record.
     """
     begun = time.perf_counter()
-    checks = [*besides, *ask(subject, tuple(PROBES), see)]
+    checks = ask(subject, tuple(PROBES), see)
     diagnosis = weigh(checks)
     lines = tuple(_lines(subject, {c.name: c for c in checks}, diagnosis))
     return Card(source, lines, diagnosis, time.perf_counter() - begun)

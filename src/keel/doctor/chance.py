@@ -71,3 +71,10 @@ def live_share_of(right: int, tries: int, group_size: int) -> float:
     everybody = math.prod((a + i) / (a + b + i) for i in range(group_size))
     nobody = math.prod((b + i) / (a + b + i) for i in range(group_size))
     return 1.0 - everybody - nobody
+
+
+def more_of_two(hits: int, tries: int, hits_floor: int, tries_floor: int) -> float:
+    """Chance of so many hits among `tries`, were hits spread over both sets alike (Fisher's exact test, one-sided)."""
+    from scipy.stats import hypergeom
+
+    return float(hypergeom.sf(hits - 1, tries + tries_floor, hits + hits_floor, tries))

@@ -77,8 +77,8 @@ def noise_floor(policy: Policy, batch: Batch, logp: Float[Tensor, "B T"], temper
     rows, few = torch.arange(len(batch)), torch.arange(min(len(batch), ALONE))
     tokens = int((batch.prompt_len + batch.completion_len).sum())
     smaller = look(policy, batch, micro_batches(batch, max(1, tokens // 7)), temperature).logp
-    turned = look(policy, batch, [rows.flip(0)], temperature).logp.flip(0)
-    alone = look(policy, batch, list(few[:, None]), temperature).logp
+    turned = look(policy, batch, [rows.flip(0)], temperature).logp
+    alone = look(policy, batch.rows(few), list(few[:, None]), temperature).logp
     ways = {"in smaller micro-batches": smaller, "rows in reverse": turned, "each completion alone": alone}
     found = {name: _difference(other, logp[: len(other)], batch.mask[: len(other)]) for name, other in ways.items()}
     worst = max(found.values())

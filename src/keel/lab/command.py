@@ -44,7 +44,8 @@ def run(
         return _ledger(Path(keep))
     if source is None:
         for name, path in shipped_studies().items():
-            print(f"{name:<24} {load_study(str(path)).question}")
+            study = load_study(str(path))
+            print(f"{name:<17} {'' if study.hours is None else f'{study.hours:.1f} h':>6}  {study.question}")
         return 0
     study = load_study(source)
     arms = study.resolved_arms(quick)
@@ -52,7 +53,7 @@ def run(
     place = Path(out or f"runs/study-{study.name}{'-quick' if quick else ''}")
     if keep:
         check_keep(study.name, Path(keep), quick)
-    print(described(study, arms, count), file=sys.stdout if plan_only else sys.stderr)
+    print(described(study, arms, count, quick), file=sys.stdout if plan_only else sys.stderr)
     if plan_only:
         return 0
     found = run_study(study, arms, place, count, 0 if judge_only else workers, quick, ray)
@@ -110,15 +111,22 @@ def in_words(found: Results) -> str:
     return "\n".join([*found.headline, *[""] * bool(found.headline), tabulated(found.rows), *sweep, *found.notes])
 
 
-def described(study: Study, arms: Sequence[Arm], seeds: int) -> str:
+def described(study: Study, arms: Sequence[Arm], seeds: int, quick: bool = False) -> str:
     """The question, and in what exactly each arm differs."""
     lines = [study.question, *(f"{name}: {text}" for name in ("source", "prediction") if (text := getattr(study, name)))]
     lines += [f"predicted: {each.says}" for each in study.predictions]
-    lines += [f"{len(arms)} arms × {seeds} seeds:"]
+    lines += [f"{len(arms)} arms × {seeds} seeds{'' if quick else _duration(study, seeds)}:"]
     for setting, values in study.sweep.items():
         told = ", ".join(f"{value:g}" for value in values)
         lines += [f"(before that each arm tries {setting} = {told} on {study.sweep_seeds} other seeds and takes the best one)"]
     return "\n".join([*lines, *(f"  {arm.name:<32} {_changes(arm.difference)}" for arm in arms), ""])
+
+
+def _duration(study: Study, seeds: int) -> str:
+    """What to expect of the full size, by what it took before."""
+    if study.hours is None:
+        return ""
+    return f", about {study.hours * seeds / study.seeds:.1f} hours of one process in all"
 
 
 def _changes(changes: dict[str, Any]) -> str:

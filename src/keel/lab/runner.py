@@ -188,4 +188,4 @@ def write_plan(study: Study, arms: Sequence[Arm], jobs: Sequence[Job], out: Path
 
 def _fixed(study: Study) -> Study:
     """What must not change once a study has runs."""
-    return study.model_copy(update={"seeds": 1, "quick_seeds": 1, "predictions": (), "confirm": False})
+    return study.model_copy(update={"seeds": 1, "quick_seeds": 1, "hours": None, "predictions": (), "confirm": False})

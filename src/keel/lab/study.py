@@ -77,6 +77,7 @@ class Study(Section):
     prediction: str = Field("", description="what is expected, written before the first run")
     predictions: tuple[Prediction, ...] = Field((), description="what is expected, each to be judged")
     seeds: int = Field(5, ge=1, description="runs of each arm")
+    hours: float | None = Field(None, gt=0, description="of one process that the full size took before: what to expect")
     first_seed: int = Field(0, ge=0, lt=1_000_000, description="seeds below it led to the predictions, and are left out")
     confirm: bool = Field(False, description="whether verdicts are meant to be final: refused with fewer than `confirm_seeds`")
     confirm_seeds: int = Field(10, ge=10, description="seeds from which on a verdict is more than a hint")

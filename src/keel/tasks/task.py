@@ -114,6 +114,7 @@ _HOMES = {
     "parquet": "keel.tasks.table:parquet",
     "datasets": "keel.tasks.table:datasets",
     "noisy": "keel.tasks.noisy:noisy",
+    "verifiers": "keel.integrations.verifiers:verifiers",
 }
 _REGISTERED: dict[str, Factory] = {}
 

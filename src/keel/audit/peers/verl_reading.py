@@ -26,9 +26,10 @@ from keel.objectives.corrections import (
     TruncateSequence,
     TruncateToken,
 )
-from keel.objectives.kl import LossKL, RewardKL, k1, k2, k3_clamped
+from keel.objectives.kl import LossKL, RewardKL, k1, k2, k3, k3_clamped
 from keel.objectives.log_ratios import geometric_mean, token
 from keel.objectives.objective import Objective
+from keel.objectives.recipes import recipe
 from keel.objectives.shaping import SoftOverlong
 from keel.objectives.surrogates import Cispo, Clip, DualClip, Gmpo, Reinforce, Sapo, Surrogate
 
@@ -36,6 +37,7 @@ ACTOR = "actor_rollout_ref.actor."
 MODE = ACTOR + "policy_loss.loss_mode"
 CORRECTION = "algorithm.rollout_correction."
 BUFFER = "reward.reward_kwargs.overlong_buffer_cfg."
+KEELS = "keel_"  # what keel's recipes are called in verl's registries
 OTHER_ESTIMATORS = (
     "gae", "remax", "opo", "grpo_passk", "gpg", "gdpo", "optimal_token_baseline", "tir_optimal_token_baseline",
 )  # fmt: skip
@@ -55,6 +57,8 @@ def read_verl(given: Mapping[str, Any]) -> Reading:
     notes = Notes({**VERL, **given}, given)
     updates = _updates(notes)
     mode = notes[MODE]
+    if str(mode).startswith(KEELS):
+        return _keels(notes, mode.removeprefix(KEELS), updates)
     objective = Objective(
         advantage=_advantage(notes),
         log_ratio=geometric_mean if mode == "gspo" else token,
@@ -70,6 +74,17 @@ def read_verl(given: Mapping[str, Any]) -> Reading:
     _note_idle(notes, updates)
     dynamic = bool(notes["algorithm.filter_groups.enable"])
     return Reading(objective, _named(notes), dynamic, updates, tuple(notes.beyond), tuple(notes.idle), tuple(notes.warnings))
+
+
+def _keels(notes: Notes, name: str, updates: int) -> Reading:
+    """keel's own loss in verl's registry: a recipe by its name, which refuses to run under knobs that are not its own."""
+    own = recipe(name).objective
+    if notes["algorithm.adv_estimator"] != KEELS + name:
+        notes.unlike("algorithm.adv_estimator", f"advantages are not those of {name}: expected {KEELS + name}")
+    if own.loss_kl is not None and own.loss_kl.estimator is k3:
+        notes.unlike(ACTOR + "kl_loss_type", "verl clamps k3 to ±10")
+    _note_sampling(notes)
+    return Reading(own, name, bool(notes["algorithm.filter_groups.enable"]), updates, tuple(notes.beyond))
 
 
 def _named(notes: Notes) -> str:

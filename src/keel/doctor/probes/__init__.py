@@ -76,4 +76,6 @@ def _asked(subject: Subject, name: str) -> Check:
         check = PROBES[name](subject)
     except KeelError as refused:  # a piece of the system refused to work: that is told, and other questions can still be asked
         check = Check(name, "", skipped=str(refused))
+    except Exception as broken:  # whatever a broken system raises
+        check = Check(name, "", skipped=f"the system raised {type(broken).__name__}: {str(broken)[:200]}")
     return replace(check, name=name, seconds=time.perf_counter() - begun)

@@ -55,10 +55,16 @@ class Accuracy:
 
 def gold(subject: Subject) -> Check:
     """Gold answers score 1, other rows' gold 0, in the same process and thread as in training."""
-    task = subject.task
-    if (why := _unknown(task)) is not None:
+    if (why := _unknown(subject.task)) is not None:
         return Check("gold", "", skipped=why)
-    prompts = _spread(task.train, PAIRS)
+    check, told = of_golds(subject.task, _spread(subject.task.train, PAIRS))
+    if told is not None:
+        subject.facts["accuracy"] = told
+    return check
+
+
+def of_golds(task: Task, prompts: Sequence[Prompt]) -> tuple[Check, Accuracy | None]:
+    """The same of these prompts, with the counts; None where the reward raised."""
     asked: list[tuple[Prompt, str, Finish]] = [(p, task.gold(p), "stop") for p in prompts]
     half = max(1, len(prompts) // 2)
     pairs = [(p, prompts[(i + half) % len(prompts)]) for i, p in enumerate(prompts)]
@@ -67,13 +73,12 @@ def gold(subject: Subject) -> Check:
     try:
         scores, single = reward_many(task, asked), [task.reward(*each) for each in asked]
     except Exception as error:  # whatever a reward of one's own raises, training would meet too
-        return _raised("gold", error, "a gold answer")
+        return _raised("gold", error, "a gold answer"), None
     told, alone = (_accuracy(found, len(prompts)) for found in (scores, single))
-    subject.facts["accuracy"] = told
     says = f"{told.right} of {told.gold} gold answers are right, and {told.wrong} of {told.cross} other rows' gold answers"
     if _differ(scores, single):
-        return Check("gold", f"{says}; graded one by one {alone.right} and {alone.wrong}; see threads", ())
-    return Check("gold", says, tuple(_of_accuracy(task, told, says)))
+        return Check("gold", f"{says}; graded one by one {alone.right} and {alone.wrong}; see threads", ()), told
+    return Check("gold", says, tuple(_of_accuracy(task, told, says))), told
 
 
 def _of_accuracy(task: Task, told: Accuracy, says: str) -> Iterator[Finding]:
