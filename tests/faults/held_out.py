@@ -29,8 +29,8 @@ def last_cut_left_out(ground):
     """The last micro-batch of several is forgotten."""
 
     def spoil(old):
-        return lambda policy, objective, batch, prepared, counts, cuts, temperature: old(
-            policy, objective, batch, prepared, counts, cuts[:-1] if len(cuts) > 1 else cuts, temperature
+        return lambda policy, objective, batch, prepared, counts, cuts, *rest: old(
+            policy, objective, batch, prepared, counts, cuts[:-1] if len(cuts) > 1 else cuts, *rest
         )
 
     ground.put(f"{LOOP}:accumulate_gradient", spoil)
@@ -206,7 +206,7 @@ def _whole_vocabulary(old, policy, batch, temperature, replay):
 
 def no_temperature_in_old(ground):
     """The passes before the first update are made at temperature 1, the update's own are not."""
-    ground.put(f"{LOOP}:look", lambda old: lambda policy, batch, cuts, temperature: old(policy, batch, cuts, 1.0))
+    ground.put(f"{LOOP}:look", lambda old: lambda policy, batch, cuts, temperature, *idle: old(policy, batch, cuts, 1.0, *idle))
 
 
 def no_temperature_in_reference(ground):
@@ -217,8 +217,8 @@ def no_temperature_in_reference(ground):
             return super().logp(batch, temperature=1.0, replay_experts=replay_experts)
 
     def spoil(old):
-        def make(policy):
-            ask = old(policy)
+        def make(policy, *where):
+            ask = old(policy, *where)
 
             @contextmanager
             def asked():

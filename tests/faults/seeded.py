@@ -114,13 +114,13 @@ def accumulates(loss: Callable[..., Any]) -> Callable[[Ground], None]:
 
     def plant(ground: Ground) -> None:
         def spoil(old):
-            def accumulate(policy, objective, batch, prepared, counts, cuts, temperature):
+            def accumulate(policy, objective, batch, prepared, counts, cuts, temperature, *idle):
                 class Other(Objective):
                     def loss(self, *seen):
                         return loss(objective, cuts, *seen)
 
                 other = Other(**{part.name: getattr(objective, part.name) for part in fields(Objective)})
-                return old(policy, other, batch, prepared, counts, cuts, temperature)
+                return old(policy, other, batch, prepared, counts, cuts, temperature, *idle)
 
             return accumulate
 
@@ -143,14 +143,14 @@ def last_micro_batch_only(ground: Ground) -> None:
     """Gradients are cleared between micro-batches: only the last one counts."""
 
     def spoil(old):
-        def accumulate(policy, objective, batch, prepared, counts, cuts, temperature):
+        def accumulate(policy, objective, batch, prepared, counts, cuts, temperature, *idle):
             for rows in cuts:
                 policy.model.zero_grad()
                 old(policy, objective, batch, prepared, counts, [rows], temperature)
             grads = {name: p.grad for name, p in policy.parameters().items()}
             for p in policy.parameters().values():
                 p.grad = None
-            told = old(policy, objective, batch, prepared, counts, cuts, temperature)
+            told = old(policy, objective, batch, prepared, counts, cuts, temperature, *idle)
             for name, p in policy.parameters().items():
                 p.grad = grads[name]
             return told
@@ -380,8 +380,8 @@ def wrong_reference(ground: Ground) -> None:
     """The reference is not the policy that training began with."""
 
     def spoil(old):
-        def reference(policy):
-            told = old(policy)
+        def reference(policy, *where):
+            told = old(policy, *where)
             with told() as frozen, torch.no_grad():
                 for i, p in enumerate(frozen.model.parameters()):
                     p.add_(0.1 * p.std() * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) if p.numel() > 1 else 0)

@@ -51,7 +51,8 @@ def run(source: str, overrides: dict[str, Any], *, probes: list[str], step: int 
 def is_foreign(source: str) -> bool:
     """Whether it is a file or folder of metrics that no run or configuration of keel's own is."""
     if os.path.isdir(source):
-        return not any(os.path.isfile(os.path.join(source, name)) for name in ("config.toml", "manifest.json", "metrics.jsonl"))
+        held = set(os.listdir(source))
+        return bool(held) and not held & {"config.toml", "manifest.json", "metrics.jsonl"}
     return os.path.isfile(source) and not source.endswith(".toml")
 
 
