@@ -8,12 +8,6 @@ from typing import Any, NoReturn
 
 from keel.errors import KeelError
 
-SHORT = {  # flags that stand for a setting with a longer name
-    "--engine": "engine.name",
-    "--ray": "cluster.ray",
-    "--rollout-workers": "cluster.rollout_workers",
-}
-
 
 class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is a KeelError, and --help of a command with settings lists them all."""
@@ -49,7 +43,8 @@ def read(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[argpars
             continue
         if not equals:
             value = queue.pop(0) if queue and not queue[0].startswith("--") else "true"
-        overrides[SHORT.get(flag, flag[2:].replace("-", "_"))] = parse_value(value)
+        name = "engine.name" if flag == "--engine" else flag[2:].replace("-", "_")
+        overrides[name] = parse_value(value)
     return parser.parse_args(rest), overrides
 
 

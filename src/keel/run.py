@@ -22,7 +22,6 @@ from keel.manifest import check_same_origin, manifest
 from keel.models.policy import Policy
 from keel.objectives.recipes import Recipe
 from keel.progress import Display, display
-from keel.ray_cluster import check_listens
 from keel.rollout.engine import Engine, Seed
 from keel.run_folder import RunFolder, WatchedFolder, environment
 from keel.settings import dotted
@@ -189,8 +188,6 @@ def assemble(
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     check_writers(config.writers)
-    if config.cluster.ray:
-        check_listens(config.cluster.ray)
     find = find_task or get_task
     task, recipe = find(config.task), config.chosen()
     panel = {panel_name(spec): find(capped(spec)[0]) for spec in config.evaluation.panel}

@@ -1,1 +1,0 @@
-"""How long a step takes on how many machines: mathematics alone, from measured inputs."""
