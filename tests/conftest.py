@@ -130,3 +130,12 @@ def make_completion():
         return Completion(**(fields | changes))
 
     return make
+
+
+@pytest.fixture
+def one_thread():
+    """torch computes on one thread: for many small products, and beside other tests."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -5,6 +5,7 @@ What a command needs is imported when it runs, so that help and mistakes answer 
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -92,19 +93,20 @@ def evaluate(arguments: list[str]) -> None:
     parser.add_argument("--alone", action="store_true", help="of a run: do not compare with the model before training")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON on stdout")
     options, overrides = read(parser, arguments)
-    from keel import run
     from keel.config import load_config
+    from keel.held_out import before_training, held_out
+    from keel.parts import assemble, trained_policy
     from keel.run_folder import RunFolder
 
     folder = RunFolder.open(options.source) if os.path.isfile(os.path.join(options.source, "config.toml")) else None
     if not folder and options.source.startswith("runs/") and not os.path.exists(options.source):
         raise KeelError(f"There is no run {options.source!r}. Expected a run folder, or a model: a name, a folder, a hub id.")
     if folder:
-        parts = run.assemble(folder.config.replaced(overrides), run.trained_policy(folder, options.step))
+        parts = assemble(folder.config.replaced(overrides), trained_policy(folder, options.step))
     else:
-        parts = run.assemble(load_config("solid", {"model": options.source} | overrides))
-    numbers = run.held_out(parts, standard=True)
-    before = run.before_training(folder, parts.config, numbers) if folder and not options.alone else {}
+        parts = assemble(load_config("solid", {"model": options.source} | overrides))
+    numbers = held_out(parts, standard=True)
+    before = before_training(folder, parts.config, numbers) if folder and not options.alone else {}
     _print_evaluation(options, parts.config.task, numbers, before)
 
 

@@ -6,52 +6,34 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from keel.config import RunConfig, load_config
 from keel.diagnostics.health import contradictions, impossible
 from keel.errors import KeelError
+from keel.held_out import held_out
 from keel.manifest import check_same_origin, manifest
 from keel.models.policy import Policy
-from keel.objectives.recipes import Recipe
+from keel.parts import MakeEngine, Parts, assemble
 from keel.progress import Display, display
-from keel.rollout.engine import Engine, Seed
 from keel.run_folder import RunFolder, WatchedFolder, environment
 from keel.settings import dotted
 from keel.stopping import StopRequest, stop_requests
-from keel.summary import closing_table, panel_name, summarise
-from keel.tasks.task import Task, capped, get_task
+from keel.summary import closing_table, summarise
 from keel.training import checkpoint
 from keel.training.loop import StepRecord, Trainer, iterate
 from keel.training.ranks import ALONE, Ranks, joined
-from keel.writers import JsonlWriter, Writer, check_writers, open_writers
-
-MakeEngine = Callable[[Policy], Engine]
-EVALUATION = 2**31  # the step that evaluations draw under: the same draws each time, and never training's
+from keel.writers import JsonlWriter, Writer, open_writers
 
 
 class Interrupted(KeyboardInterrupt):
     """Someone asked the run to stop. It is saved; the text says how to go on."""
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a run is made of."""
-
-    config: RunConfig
-    policy: Policy
-    engine: Engine
-    task: Task
-    recipe: Recipe
-    panel: dict[str, Task] = field(default_factory=dict)
-    ranks: Ranks = ALONE
 
 
 @dataclass(frozen=True)
@@ -170,114 +152,6 @@ def _restore(trainer: Trainer, folder: RunFolder) -> int:
     trainer.restore(tensors, state["clocks"])
     checkpoint.restore_random_state(tensors, state["random"], ranks.rank)
     return step
-
-
-def assemble(
-    config: RunConfig,
-    policy: Policy | None = None,
-    make_engine: MakeEngine | None = None,
-    find_task: Callable[[str], Task] | None = None,
-    ranks: Ranks = ALONE,
-) -> Parts:
-    """Load what the settings name: the policy (unless given), an engine, the task and its panel; check that they
-    fit. Tasks are found by `find_task`; by one that checks them unless given.
-    """
-    from keel.rollout.engines import engine_of
-
-    checkpoint.seed_random_state(config.seed)
-    if config.train.threads is not None:
-        torch.set_num_threads(config.train.threads)
-    check_writers(config.writers)
-    find = find_task or get_task
-    task, recipe = find(config.task), config.chosen()
-    panel = {panel_name(spec): find(capped(spec)[0]) for spec in config.evaluation.panel}
-    policy = policy or _loaded(config)
-    config.check_fits(policy.context, _longest_prompt(policy, (task, *panel.values())))
-    engine = make_engine(policy) if make_engine else engine_of(config.engine, policy)
-    if not ranks.first:
-        checkpoint.seed_random_state(config.seed + ranks.rank)  # a user's reward that draws should not draw the same on every rank
-    return Parts(config, policy, engine, task, recipe, panel, ranks)
-
-
-def trained_policy(folder: RunFolder, step: int | None = None) -> Policy:
-    """The policy of a run as its newest checkpoint (or that of one step) holds it."""
-    policy = _loaded(folder.config)
-    _, tensors, _ = checkpoint.load(folder.checkpoints, step)
-    with torch.no_grad():
-        for name, parameter in policy.parameters().items():
-            parameter.copy_(tensors[f"weights.{name}"])
-    return policy
-
-
-def _loaded(config: RunConfig) -> Policy:
-    from keel.models.load import load_policy
-    from keel.models.lora import LoraConfig
-
-    lora = LoraConfig(**config.lora.model_dump()) if config.lora else None
-    train = config.train
-    computing = dict(products=torch.bfloat16 if train.dtype == "bf16" else None, recompute=train.checkpoint_activations)
-    return load_policy(config.model, template=config.template, lora=lora, device=train.device, seed=config.seed, **computing)
-
-
-def held_out(parts: Parts, standard: bool = False) -> dict[str, float]:
-    """Every number of one evaluation by its metric's name: the task's test split, and each panel task's; at both ends of a run
-    (`standard`) the standard panel's too.
-
-    The template, the sampling and the reward are training's own. The policy is the trainer's: where the engine is not
-    exact another one stands in for it, and what it scores itself on the task is told as `eval/sampler/…`.
-    """
-    start, exact = time.perf_counter(), getattr(parts.engine, "exact", True)
-    engine = parts.engine if exact else _exact_engine(parts.policy)
-    told, caps = {}, {panel_name(spec): capped(spec)[1] for spec in parts.config.evaluation.panel}
-    for name, task in (("", parts.task), *parts.panel.items()):
-        numbers = _evaluated(parts, engine, task, caps.get(name))
-        told |= {f"eval/{name}/{key}" if name else f"eval/{key}": value for key, value in numbers.items()}
-    if standard and parts.config.evaluation.standard_panel:
-        for name, numbers in _standard_panel(parts, engine).items():
-            told |= {f"eval/{name}/{key}": value for key, value in _named(numbers).items()}
-    if not exact:
-        told |= {f"eval/sampler/{key}": value for key, value in _evaluated(parts, parts.engine, parts.task).items()}
-    return told | {"time/eval_s": time.perf_counter() - start}
-
-
-def before_training(folder: RunFolder, config: RunConfig, names: Iterable[str]) -> dict[str, Any]:
-    """The same numbers of the model that a run began with: as its first row has them, or measured now where it has not, or where
-    the settings are no longer the run's.
-    """
-    first = next((row for row in folder.rows() if row["step"] == 0), {})
-    return first if config == folder.config and set(names) <= first.keys() else held_out(assemble(config), standard=True)
-
-
-def _exact_engine(policy: Policy) -> Engine:
-    from keel.rollout.local import LocalEngine
-
-    return LocalEngine(policy)
-
-
-def _evaluated(parts: Parts, engine: Engine, task: Task, cap: int | None = None) -> dict[str, float]:
-    from keel.evaluate import evaluate
-
-    settings, policy = parts.config.evaluation, parts.policy
-    prompts = [policy.template.render(prompt, policy.tokenizer) for prompt in task.test[: settings.prompts]]
-    seed = Seed(parts.config.seed, EVALUATION)
-    ks, sampling = tuple(sorted({1, *settings.ks})), parts.config.sampling.distribution()
-    sampling = replace(sampling, max_completion_tokens=cap or sampling.max_completion_tokens)
-    return _named(evaluate(engine, prompts, task, sampling, settings.samples, seed, ks, parts.ranks))
-
-
-def _standard_panel(parts: Parts, engine: Engine) -> dict[str, dict[str, float]]:
-    from keel.evaluate.standard import standard_panel
-
-    config, most = parts.config, parts.config.evaluation.prompts * parts.config.evaluation.samples
-    besides, seed = (config.task, *config.evaluation.panel), Seed(config.seed, EVALUATION)
-    return standard_panel(engine, parts.policy, besides, config.sampling.distribution(), most, seed, parts.ranks)
-
-
-def _named(numbers: dict[str, float]) -> dict[str, float]:
-    """An evaluation's numbers as metrics: shares in place of counts, and the interval named after what it bounds."""
-    told = {name: value for name, value in numbers.items() if name.startswith("pass@") or "_" in name}
-    told |= {"pass@1_low": numbers["low"], "pass@1_high": numbers["high"]}
-    return told | {"unscorable_frac": numbers["unscorable"] / (numbers["prompts"] * numbers["samples"])}
 
 
 class _Session:
@@ -402,10 +276,3 @@ def _changed(folder: RunFolder, asked: dict[str, Any]) -> RunConfig:
             "constant from the beginning."
         )
     return config.replaced(asked) if asked else config
-
-
-def _longest_prompt(policy: Policy, tasks: tuple[Task, ...], looked_at: int = 64) -> int:
-    """Tokens of the longest rendered prompt among those with the most characters."""
-    prompts = [prompt for task in tasks for prompt in (*task.train, *task.test)]
-    wordy = sorted(prompts, key=lambda prompt: len(prompt.text))[-looked_at:]
-    return max((len(policy.template.render(prompt, policy.tokenizer).token_ids) for prompt in wordy), default=0)

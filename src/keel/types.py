@@ -36,6 +36,16 @@ class Prompt:
     token_ids: tuple[int, ...] = ()
     data: Mapping[str, Any] = field(default_factory=dict)
 
+    def again(self, number: int) -> Prompt:
+        """The same question as another instance: groups of the two stay apart."""
+        return replace(self, id=f"{self.id}@{number}")
+
+
+def row_of(prompt_id: str) -> str:
+    """The id of the data set's own row, of which a prompt may be a repeat (`Prompt.again`)."""
+    row, _, number = prompt_id.rpartition("@")
+    return row if row and number.isdigit() else prompt_id
+
 
 @dataclass(frozen=True)
 class Sampling:

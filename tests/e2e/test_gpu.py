@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from keel.config import load_config
-from keel.run import assemble
+from keel.parts import assemble
 from keel.training.loop import Trainer, iterate
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

@@ -8,12 +8,13 @@ import torch
 
 from keel.config import load_config
 from keel.errors import KeelError
+from keel.held_out import held_out
 from keel.models.load import load_policy
 from keel.models.lora import LoraConfig
+from keel.parts import assemble
 from keel.rollout.engine import Seed
 from keel.rollout.local import LocalEngine
 from keel.rollout.scripted import Fault, ScriptedEngine
-from keel.run import assemble, held_out
 from keel.tasks.task import capped, get_task
 from keel.training.loop import Trainer, iterate
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from runpy import run_path
 
 import pytest
-import torch
 
 from keel.audit.certificate import certify, judge
 from keel.audit.facts import facts
@@ -17,15 +16,8 @@ from keel.objectives.parts import PARTS
 from keel.objectives.recipes import RECIPES, recipe
 from keel.types import Claim
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SUBJECTS = [*RECIPES.values(), *ESTIMATORS.values()]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)

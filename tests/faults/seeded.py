@@ -46,7 +46,7 @@ class Ground:
 
     def task(self, wrap: Callable[[Any], Any]) -> None:
         """Every task that is loaded from now on, wrapped; its check on load is switched off: one's own may have none."""
-        for place in ("keel.run:get_task", "keel.tasks.task:get_task", "keel.tasks.task:unchecked_task"):
+        for place in ("keel.parts:get_task", "keel.tasks.task:get_task", "keel.tasks.task:unchecked_task"):
             self.put(place, lambda old: lambda spec, **options: wrap(old(spec, **options)))
 
     def policy(self, spoil: Callable[[Any], None]) -> None:
@@ -60,7 +60,7 @@ class Ground:
 
             return load
 
-        self.put("keel.run:_loaded", loaded)
+        self.put("keel.parts:_loaded", loaded)
 
     def clear(self) -> None:
         for owner, name, old in reversed(self.undo):

@@ -4,20 +4,12 @@ A few of each kind. The whole table, with its rates, is `benchmarks/doctor.py`.
 """
 
 import pytest
-import torch
 from broken_runs import HEALTHY, PAIRS, broken, healthy, named, part_is_right
 from seeded import SEEDED
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SOME_FAULTS, SOME_PAIRS, SOME_HEALTHY = list(SEEDED)[4::9], PAIRS[1::7], HEALTHY[::10]
 FROM_THE_FOLDER = ["the ratio is always 1", "a fresh group for every row"]  # what shows without the living system
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def says(told):

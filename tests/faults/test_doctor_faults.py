@@ -5,7 +5,6 @@ more); a few are put to the whole card, alone and in pairs.
 """
 
 import pytest
-import torch
 from seeded import SEEDED, planted
 
 from keel.config import load_config
@@ -13,6 +12,7 @@ from keel.doctor.probes import PROBES, ask
 from keel.doctor.subject import Subject
 from keel.doctor.verdict import weigh
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {"task": "arithmetic:medium?train_size=600&test_size=200"}
 STEP = ("masked", "cuts", "updates", "metrics")
 REWARD = ("gold", "cheats", "junk", "threads", "difficulty")
@@ -100,14 +100,6 @@ HEALTHY = [  # recipe, settings: oddities that are none among them
     ("reinforce_pp", {"seed": 8, "task": "skills:max", "train.max_staleness": 1}),
     ("deepseek_v32", {"seed": 9, "task": "arithmetic:hard", "sampling.max_completion_tokens": 64}),
 ]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def examined(recipe, settings, probes=tuple(PROBES)):

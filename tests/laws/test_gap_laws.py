@@ -9,12 +9,13 @@ from functools import cache
 import pytest
 import torch
 
-from keel import run
 from keel.config import load_config
 from keel.diagnostics import check_names
+from keel.held_out import held_out
 from keel.models.load import load_policy
 from keel.objectives.parts import PARTS, vary
-from keel.rollout.engine import check_completions
+from keel.parts import Parts
+from keel.rollout.engine import Seed, check_completions
 from keel.rollout.engines import engine_of
 from keel.rollout.local import LocalEngine
 from keel.tasks.task import get_task
@@ -258,12 +259,12 @@ def test_an_engine_out_of_step_resumes_bit_for_bit():
 def parts_of(**changes):
     small = {"evaluation.prompts": 24, "evaluation.samples": 2, "engine.weight_bits": None}
     trainer = make_trainer(**(small | changes))
-    return run.Parts(trainer.config, trainer.policy, trainer.engine, trainer.task, trainer.recipe)
+    return Parts(trainer.config, trainer.policy, trainer.engine, trainer.task, trainer.recipe)
 
 
 def test_trainer_and_sampler_are_evaluated_apart():
     exact, coarse = parts_of(), parts_of(**{"engine.weight_bits": 2})
-    plain, told = run.held_out(exact), run.held_out(coarse)
+    plain, told = held_out(exact), held_out(coarse)
     check_names(told)
     assert not [name for name in plain if name.startswith("eval/sampler/")]
     of_the_trainer = {name: value for name, value in told.items() if name.startswith("eval/") and "/sampler/" not in name}
@@ -273,8 +274,8 @@ def test_trainer_and_sampler_are_evaluated_apart():
 
 def test_an_exact_engine_evaluates_itself(monkeypatch):
     parts = parts_of()
-    monkeypatch.setattr(run, "_exact_engine", lambda policy: pytest.fail("a second engine was made for nothing"))
-    run.held_out(parts)
+    monkeypatch.setattr("keel.held_out._exact_engine", lambda policy: pytest.fail("a second engine was made for nothing"))
+    held_out(parts)
 
 
 def test_a_contract_check_sees_the_version_that_sampled():
@@ -282,7 +283,7 @@ def test_a_contract_check_sees_the_version_that_sampled():
     engine, sampling = trainer.engine, replace(trainer.sampling, max_completion_tokens=4)
     asked = [trainer.policy.template.render(p, trainer.policy.tokenizer) for p in trainer.task.train[:2]]
     engine.load(trainer.policy.weights(), 1)
-    made = engine.generate(asked, sampling, run.Seed(0, 1), 2)
+    made = engine.generate(asked, sampling, Seed(0, 1), 2)
     rules = dict(end_ids=trainer.policy.end_ids, vocab_size=64)
     check_completions(asked, made, 2, sampling, version=engine.version, **rules)
     with pytest.raises(ValueError, match="weights of version 0 at token 0; expected version 1"):

@@ -17,6 +17,8 @@ FLOORS = [  # a room may import from its own floor and from those above it in th
     {"rollout"},
     {"training", "evaluate", "writers", "progress", "stopping", "curves", "summary", "data"},
     {"manifest", "run_folder"},
+    {"parts"},
+    {"held_out"},
     {"run"},
     {"audit", "gap", "grade", "lab", "doctor", "integrations"},
     {"report"},

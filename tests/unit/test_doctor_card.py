@@ -12,16 +12,9 @@ from keel.doctor.card import CONDITIONS, examine
 from keel.doctor.subject import Subject
 from keel.doctor.words import told
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {"task": "arithmetic:medium?train_size=400&test_size=200", "train.threads": 1}
 FLAGS = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

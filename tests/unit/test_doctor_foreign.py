@@ -63,6 +63,20 @@ def test_event_files_hold_what_the_state_holds():
     assert [row["step"] for row in board.rows] == [row["step"] for row in state.rows]
 
 
+def test_an_offline_run_of_wandb_is_read_up_to_where_it_was_torn(tmp_path):
+    wandb = pytest.importorskip("wandb")
+    run = wandb.init(mode="offline", dir=tmp_path, settings=wandb.Settings(console="off", silent=True))
+    for step in range(1, 401):  # more than one block of the file
+        run.log({"train/global_step": step, "train/reward": step / 1000, "train/entropy": 0.5, "train/kl": 0.0})
+    run.finish()
+    (file,) = tmp_path.rglob("*.wandb")
+    log = read(file)
+    assert file.stat().st_size > 2 * 32768 and log.framework == "trl"
+    assert [row["reward/mean"] for row in log.rows] == [step / 1000 for step in range(1, 401)]
+    file.write_bytes(file.read_bytes()[:-5000])
+    assert 300 < len(read(file).rows) < 400 and found(log) == []
+
+
 def test_a_package_that_is_missing_is_named(monkeypatch):
     from keel.doctor.foreign import files
 

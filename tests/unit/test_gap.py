@@ -211,7 +211,7 @@ def test_without_a_gap_nothing_is_touched():
 def tasks_once():
     """Thousands of gold answers are checked when a task is made: once is enough here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("keel.run.get_task", cache(get_task))
+        patch.setattr("keel.parts.get_task", cache(get_task))
         yield
 
 

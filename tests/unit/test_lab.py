@@ -389,7 +389,7 @@ def test_a_study_builds_its_own_data_once(tmp_path, capsys):
 
 def test_a_study_pretrains_its_own_models_once(tmp_path):
     study = Study(
-        name="s", question="?", models={".1M": {"size": ".1M", "base": {"steps": 2, "rows": 6}}},
+        name="s", question="?", models={".1M": {"size": ".1M", "steps": 2}},
         base=TINY, arms={"bundled": {}, "own": {"model": "{models}/.1M"}},
     )  # fmt: skip
     told = []
@@ -399,5 +399,7 @@ def test_a_study_pretrains_its_own_models_once(tmp_path):
     job = jobs_of(study, study.resolved_arms(), tmp_path, 1)[1]
     assert job.config["model"] == f"{tmp_path}/models/.1M" and run_one(job.config) == ""
     assert covered([job]).model == ("{models}/.1M",) and covered([job]).parameters[0] < 150_000
-    with pytest.raises(KeelError, match="models.x of study 's'.*Expected size, kind and seed"):
-        build(study.model_copy(update={"models": {"x": {"sise": ".1M"}}}), tmp_path, print)
+    with pytest.raises(KeelError, match="models.x.size is .*field required"):
+        Study(**study.model_dump() | {"models": {"x": {"sise": ".1M"}}})
+    with pytest.raises(KeelError, match="Unknown size '2M'"):
+        build(Study(**study.model_dump() | {"models": {"x": {"size": "2M"}}}), tmp_path, print)

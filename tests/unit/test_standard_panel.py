@@ -8,16 +8,18 @@ from types import SimpleNamespace
 
 import pytest
 
-import keel.run
+import keel.held_out
+import keel.parts
 from keel.cli import main
 from keel.errors import KeelError
 from keel.evaluate import standard
 from keel.evaluate.standard import OF_CHARACTERS, OF_WORDS, standard_of, standard_panel
+from keel.held_out import before_training
 from keel.models.characters import VOCABULARY, character_tokenizer
 from keel.models.load import load_policy
 from keel.rollout.engine import Seed
 from keel.rollout.local import LocalEngine
-from keel.run import before_training, train
+from keel.run import train
 from keel.run_folder import RunFolder
 from keel.types import Sampling
 
@@ -109,9 +111,10 @@ def test_it_can_be_left_out(tmp_path, monkeypatch):
 
 
 def test_keel_eval_compares_with_the_model_before_training(tmp_path, monkeypatch, capsys):
-    made, assemble = [], keel.run.assemble
+    made, assemble = [], keel.held_out.assemble
     place = str(small(tmp_path, every=0).folder.path)
-    monkeypatch.setattr(keel.run, "assemble", lambda *given: made.append(given) or assemble(*given))
+    for module in (keel.held_out, keel.parts):
+        monkeypatch.setattr(module, "assemble", lambda *given: made.append(given) or assemble(*given))
     assert main(["eval", place, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     first, *_, last = RunFolder.open(place).rows()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +10,10 @@ from typing import Any
 from keel.data.items import Item
 from keel.data.near import normalised
 from keel.errors import KeelError
-from keel.types import Finish
+from keel.types import Finish, row_of
 
 IDS = ("prompt_id", "id")
 TEXTS = ("completion", "response", "output", "prediction", "text", "completions", "responses", "samples")
-_EPOCH = re.compile(r"@\d+$")
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ def match(rows: Sequence[Mapping[str, Any]], items: Sequence[Item], name: str = 
 
 def _item(row: Mapping[str, Any], by_id: Mapping[str, Item], by_text: Mapping[str, Item]) -> Item | None:
     id = next((str(row[name]) for name in IDS if name in row), "")
-    item = by_id.get(id) or by_id.get(_EPOCH.sub("", id))
+    item = by_id.get(id) or by_id.get(row_of(id))
     asked = row.get("prompt", row.get("question"))
     if not isinstance(asked, str):
         return item

@@ -23,7 +23,7 @@ from keel.objectives.advantages import Advantage, TokenWhitening, group_mean, si
 from keel.run_folder import RunFolder
 from keel.tasks import task as tasks
 from keel.tasks.task import Task
-from keel.types import Finish, Prompt
+from keel.types import Finish, Prompt, row_of
 
 MOST = 200_000  # completions that are read
 
@@ -137,7 +137,7 @@ class Record:
 
     def prompt_of(self, rollout: Rollout) -> Prompt:
         """What was asked: the task's own row where it has one with the same text and answer, else what was stored."""
-        own = self._prompts.get(_row_id(rollout.prompt_id))
+        own = self._prompts.get(row_of(rollout.prompt_id))
         if own is not None and (own.text, own.answer) == (rollout.prompt, rollout.answer):
             return own
         return Prompt(rollout.prompt_id, rollout.prompt, rollout.answer)
@@ -145,12 +145,6 @@ class Record:
     @cached_property
     def _prompts(self) -> dict[str, Prompt]:
         return {prompt.id: prompt for prompt in self.task.train} if self.task is not None else {}
-
-
-def _row_id(prompt_id: str) -> str:
-    """Without the epoch that the stream adds."""
-    head, _, epoch = prompt_id.rpartition("@")
-    return head if head and epoch.isdigit() else prompt_id
 
 
 def _by_prompt(rollouts: Iterable[Rollout]) -> dict[str, list[Rollout]]:

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from keel import run as runs
+from keel import parts as parts_of
 from keel.config import RunConfig
 from keel.doctor.finding import Check
 from keel.models.policy import Policy
@@ -47,20 +47,20 @@ class Subject:
         fresh: whether the engine is awake and was sent the weights as they are.
     """
 
-    parts: runs.Parts
+    parts: parts_of.Parts
     trainer: loop.Trainer
     facts: dict[str, Any] = field(default_factory=dict)
     fresh: bool = False
 
     @classmethod
-    def of(cls, config: RunConfig, make_engine: runs.MakeEngine | None = None) -> Subject:
+    def of(cls, config: RunConfig, make_engine: parts_of.MakeEngine | None = None) -> Subject:
         """Of settings. The task is not checked on load, so that what is wrong with it can be found.
 
         Raises:
             KeelError: they cannot be put together.
         """
         plain = config.resolved().replaced({"evaluation.panel": ()})
-        return cls._over(runs.assemble(plain, make_engine=make_engine, find_task=tasks.unchecked_task))
+        return cls._over(parts_of.assemble(plain, make_engine=make_engine, find_task=tasks.unchecked_task))
 
     @classmethod
     def of_run(cls, path: str | Path, step: int | None = None) -> Subject:
@@ -71,11 +71,11 @@ class Subject:
         """
         folder = RunFolder.open(path)
         config = folder.config.replaced({"evaluation.panel": ()})
-        policy = runs.trained_policy(folder, step)
-        return cls._over(runs.assemble(config, policy, find_task=tasks.unchecked_task))
+        policy = parts_of.trained_policy(folder, step)
+        return cls._over(parts_of.assemble(config, policy, find_task=tasks.unchecked_task))
 
     @classmethod
-    def _over(cls, parts: runs.Parts) -> Subject:
+    def _over(cls, parts: parts_of.Parts) -> Subject:
         train = parts.config.train
         large = is_large(parts.policy)
         updates = min(2, train.updates_per_batch or 1)

@@ -47,7 +47,7 @@ def _verdict(card: Card) -> list[str]:
     for sentence in diagnosis.unknown:
         out += _wrapped("not known: ", sentence)
     if diagnosis.healthy:
-        return [*out, "Nothing is broken."]
+        return [*out, "Nothing that was looked at is broken." if diagnosis.unknown else "Nothing is broken."]
     broken = "; ".join(CONDITIONS[name] for name in card.broken)
     out += [*_wrapped("Broken: ", broken or ", ".join(diagnosis.verdicts)), ""]
     for finding in diagnosis.findings:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from keel import run as runs
 from keel.config import load_config
 from keel.errors import KeelError
 from keel.files import json_of
@@ -18,6 +17,7 @@ from keel.gap.measure import Gap, measure
 from keel.gap.remedies import Remedy, remedies
 from keel.gap.routing import Routed, routed
 from keel.gap.temperature import Fit, fit_temperature
+from keel.parts import Parts, assemble, trained_policy
 from keel.run_folder import RunFolder
 from keel.training.batch import micro_batches
 from keel.training.step import look
@@ -99,11 +99,11 @@ def run(source: str, overrides: dict[str, Any], *, samples: int, group_size: int
     return 0
 
 
-def _parts(source: str, overrides: dict[str, Any], step: int | None) -> runs.Parts:
+def _parts(source: str, overrides: dict[str, Any], step: int | None) -> Parts:
     if os.path.isfile(os.path.join(source, "config.toml")):
         folder = RunFolder.open(source)
-        return runs.assemble(folder.config.replaced(overrides), runs.trained_policy(folder, step))
-    return runs.assemble(load_config("solid", {"model": source} | overrides))
+        return assemble(folder.config.replaced(overrides), trained_policy(folder, step))
+    return assemble(load_config("solid", {"model": source} | overrides))
 
 
 def _remedies(logp: torch.Tensor, batch: Batch) -> list[Remedy]:

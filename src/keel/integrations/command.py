@@ -28,7 +28,7 @@ def _policy(options: argparse.Namespace, overrides: Mapping[str, Any]) -> int:
 
     folder = RunFolder.open(options.source)
     from keel.models.export import export
-    from keel.run import trained_policy
+    from keel.parts import trained_policy
 
     print(export(trained_policy(folder, options.step), options.out or folder.path / "export"))
     return 0

@@ -53,6 +53,11 @@ def rows_of(
     )
 
 
+def reads_gap(objective: Objective) -> bool:
+    """Whether the engine's log-probabilities enter the loss."""
+    return bool(objective.corrections) or objective.surrogate.weighs_gap
+
+
 def refuse_beyond(framework: str, name: str, missing: list[str]) -> None:
     """Raise what stands between a recipe and a framework's functions, where there is something."""
     if missing:

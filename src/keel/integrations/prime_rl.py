@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from keel.errors import KeelError
-from keel.integrations.objectives import objective_of, refuse_beyond, rows_of
+from keel.integrations.objectives import objective_of, reads_gap, refuse_beyond, rows_of
 from keel.objectives.aggregate import token_mean
 from keel.objectives.objective import Objective
 from keel.objectives.shaping import OverlongFilter
@@ -59,8 +59,7 @@ def loss(inputs: Any, recipe: str = "solid") -> LossOutputs:
     objective = objective_of(recipe)
     refuse_beyond("prime-rl", recipe, beyond(objective))
     mask, logp, sampled = inputs.loss_mask[None], inputs.trainer_logprobs[None], inputs.inference_logprobs.detach()[None]
-    corrects = bool(objective.corrections) or objective.surrogate.weighs_gap
-    batch = replace(rows_of(mask, None if corrects else sampled, sampled), logp_ref=_reference(inputs, objective))
+    batch = replace(rows_of(mask, None if reads_gap(objective) else sampled, sampled), logp_ref=_reference(inputs, objective))
     prepared = Prepared(keep(inputs.advantages[None], mask), mask, batch.group)
     per_token = objective.per_token(logp, torch.zeros_like(logp), batch, prepared)
     clipped = objective.clipped(logp, batch, prepared).sum() / mask.sum().clamp(min=1)

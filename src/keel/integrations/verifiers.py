@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 from keel.errors import KeelError
 from keel.tasks.task import PromptTask, get_task, held_out
 from keel.tasks.task import Task as KeelTask
-from keel.types import Prompt, Score
+from keel.types import Prompt, Score, row_of
 
 try:
     import verifiers.v1 as vf
@@ -116,7 +116,7 @@ def as_task(source: vf.Taskset, name: str, gold: str = "", limit: int = 100_000)
     train, test = ([p for p in prompts if held_out(p.text) is out] for out in (False, True))
 
     def grade(prompt: Prompt, text: str) -> Score:
-        return asyncio.run(_graded(tasks[prompt.id.partition("@")[0]], text))
+        return asyncio.run(_graded(tasks[row_of(prompt.id)], text))
 
     return PromptTask(name, train, test, grade, own_gold_only=False, **({} if gold else {"checked": 0}))
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from keel.audit.peers.defaults import VERL_VERSION
 from keel.audit.peers.verl_reading import ACTOR, CORRECTION, KEELS, MODE
 from keel.errors import KeelError
-from keel.integrations.objectives import refuse_beyond, rows_of
+from keel.integrations.objectives import reads_gap, refuse_beyond, rows_of
 from keel.objectives.aggregate import constant_length_mean, sequence_mean, token_mean
 from keel.objectives.kl import LossKL, RewardKL, k1, k2, k3, k3_clamped, per_token
 from keel.objectives.objective import Objective
@@ -96,11 +96,6 @@ def settings(recipe: Recipe, max_tokens: int | None) -> dict[str, Any]:
     if reads_gap(objective):
         knobs |= {CORRECTION + "rollout_is": "token", CORRECTION + "rollout_is_threshold": IDLE_BOUND}
     return knobs
-
-
-def reads_gap(objective: Objective) -> bool:
-    """Whether the engine's log-probabilities enter the loss."""
-    return bool(objective.corrections) or objective.surrogate.weighs_gap
 
 
 def policy_loss(recipe: Recipe) -> Loss:

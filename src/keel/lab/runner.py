@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from keel.config import RunConfig
 from keel.errors import KeelError
@@ -23,7 +22,7 @@ from keel.lab.job import End, Job, Runs
 from keel.lab.local import in_processes
 from keel.lab.places import BUILT, FAILED, folder_name
 from keel.lab.predictions import Prediction
-from keel.lab.study import Arm, Study
+from keel.lab.study import Arm, Pretrained, Study
 
 LOCAL_WORKERS = 2
 MOST_LOST = 2  # times that a run's process may be lost; the last one counts as a failure
@@ -51,26 +50,20 @@ def _with_built(config: RunConfig, out: Path) -> RunConfig:
 def build(study: Study, out: Path, say: Callable[[str], None]) -> None:
     """Make the study's own data and models in its folder, unless they are there."""
     _build_data(study, out / "data.jsonl")
-    for name, settings in study.models.items():
-        _build_model(study, name, settings, out / "models" / name, say)
+    for name, wanted in study.models.items():
+        _build_model(wanted, out / "models" / name, say)
 
 
-def _build_model(study: Study, name: str, settings: dict[str, Any], place: Path, say: Callable[[str], None]) -> None:
-    from keel.models.pretrain import Schedule, pretrain
+def _build_model(wanted: Pretrained, place: Path, say: Callable[[str], None]) -> None:
+    from keel.models.pretrain import BASE, pretrain
 
     if place.exists():
         return
-    say(f"pretraining the model {name!r}, once")
+    say(f"pretraining the model {place.name!r}, once")
     draft = place.with_name(f".draft-{place.name}")
     shutil.rmtree(draft, ignore_errors=True)
-    try:
-        schedules = {phase: Schedule(**settings[phase]) for phase in ("base", "align") if phase in settings}
-        pretrain(**settings | schedules, out=draft)
-    except TypeError as fault:
-        raise KeelError(
-            f"models.{name} of study {study.name!r}: {fault}. Expected size, kind and seed as `keel pretrain` has them, and "
-            "schedules as tables: base.steps = 2000."
-        ) from None
+    base = replace(BASE[wanted.size], steps=wanted.steps) if wanted.steps else None
+    pretrain(wanted.size, wanted.kind, wanted.seed, draft, base=base)
     draft.rename(place)
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
@@ -64,6 +64,15 @@ class Collapse(Section):
     evaluations: int = Field(2, ge=1, description="in a row below it; at the end of a run fewer are enough")
 
 
+class Pretrained(Section):
+    """A model that a study makes, as `keel pretrain` does."""
+
+    size: str = Field(description="of `keel pretrain`: .1M, .3M, 1M or moe")
+    kind: Literal["base", "aligned"] = Field("base", description="aligned = then tuned on clean answers")
+    seed: int = Field(0, ge=0, description="of its weights and examples")
+    steps: int | None = Field(None, ge=1, description="optimizer steps of its first phase; none = as many as `keel pretrain` takes")
+
+
 class Study(Section):
     """A study as its file has it.
 
@@ -92,9 +101,8 @@ class Study(Section):
         description="settings of `keel data build`, run once before the arms; tasks of theirs find it as jsonl:{data}.jsonl, its "
         "control as {data}.unselected.jsonl and its held-out rows as {data}.test.jsonl",
     )
-    models: dict[str, dict[str, Any]] = Field(
-        default_factory=dict,
-        description="settings of `keel pretrain` by name, each run once before the arms, which find it as {models}/NAME",
+    models: dict[str, Pretrained] = Field(
+        default_factory=dict, description="models by name, each made once before the arms, which find it as {models}/NAME"
     )
     base: dict[str, Any] = Field(default_factory=dict, description="settings of all arms")
     quick: dict[str, Any] = Field(default_factory=dict, description="settings of a quick look, on top of the base")

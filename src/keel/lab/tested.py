@@ -93,7 +93,7 @@ def plan_of(study: Study, quick: bool) -> dict[str, Any]:
         "arms": study.overlays(),
         "sweep": {name: list(values) for name, values in study.sweep.items()},
         "build": study.build,
-        "models": study.models,
+        "models": {name: wanted.model_dump(exclude_defaults=True) for name, wanted in study.models.items()},
     }
 
 

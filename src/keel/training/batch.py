@@ -64,39 +64,39 @@ def _experts(completions: Sequence[Completion], prompt_lengths: Sequence[int]) -
     return pad_sequence(rows, batch_first=True, padding_value=-1)
 
 
-def split(batch: Batch, ranks: int) -> list[Int[Tensor, " _"]]:
-    """Rows for each of several ranks, ascending: whole groups, so dealt out that ranks have about as many tokens to compute.
+def split(batch: Batch, ranks: int, rows: Int[Tensor, " _"]) -> list[Int[Tensor, " _"]]:
+    """Some rows dealt out to several ranks: whole groups, so that ranks have about as many tokens to compute.
 
     The largest group goes first, each to the rank with the least so far. A prompt counts once, for its completions share it. There
     may be ranks without rows.
     """
     if ranks == 1:
-        return [torch.arange(len(batch))]
-    groups, index = torch.unique(batch.group, return_inverse=True)
+        return [rows]
+    groups, index = torch.unique(batch.group[rows], return_inverse=True)
     work = torch.zeros_like(groups)
-    work[index] = batch.prompt_len  # any of its rows: a group has one prompt
-    work.index_add_(0, index, batch.completion_len)
+    work[index] = batch.prompt_len[rows]  # any of its rows: a group has one prompt
+    work.index_add_(0, index, batch.completion_len[rows])
     owner, load = torch.zeros_like(groups), [0] * ranks
     for group in work.argsort(descending=True, stable=True).tolist():
         rank = load.index(min(load))
         owner[group] = rank
         load[rank] += int(work[group])
-    return [(owner[index] == rank).nonzero()[:, 0] for rank in range(ranks)]
+    return [rows[owner[index] == rank] for rank in range(ranks)]
 
 
-def micro_batches(batch: Batch, max_tokens: int | None) -> list[Int[Tensor, " _"]]:
-    """Cut a batch into runs of rows of at most `max_tokens` prompt + completion tokens each (at least one row).
+def micro_batches(batch: Batch, max_tokens: int | None, rows: Int[Tensor, " _"] | None = None) -> list[Int[Tensor, " _"]]:
+    """Cut a batch, or some of its rows, into runs of at most `max_tokens` prompt + completion tokens each (at least one row).
 
     Rows keep their order, so that siblings, which share their prompt's computation, stay together. None means no cut. The gradient
     does not depend on the cut: every denominator was taken before it.
     """
-    everything = torch.arange(len(batch))
+    rows = torch.arange(len(batch)) if rows is None else rows
     if max_tokens is None:
-        return [everything]
+        return [rows]
     cuts, load = [], 0
-    for row, tokens in enumerate((batch.prompt_len + batch.completion_len).tolist()):
+    for place, tokens in enumerate((batch.prompt_len + batch.completion_len)[rows].tolist()):
         if load and load + tokens > max_tokens:
-            cuts.append(row)
+            cuts.append(place)
             load = 0
         load += tokens
-    return list(torch.tensor_split(everything, cuts))
+    return list(torch.tensor_split(rows, cuts))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
@@ -46,7 +46,7 @@ class PromptStream:
             self._epoch, self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.prompts))
         self.taken += 1
         prompt = self.prompts[self._order[place]]
-        return prompt if epoch == 0 else replace(prompt, id=f"{prompt.id}@{epoch}")
+        return prompt if epoch == 0 else prompt.again(epoch)
 
     def learn(self, groups: Sequence[Group]) -> None:
         """Hear what came of prompts that were taken; this order does not depend on it."""
@@ -72,7 +72,7 @@ class CurriculumStream(PromptStream):
 
     def take(self, count: int) -> list[Prompt]:
         index = draw(weights(self.record), count, self.seed, self.taken)
-        found = [replace(self.prompts[i], id=f"{self.prompts[i].id}@{self.taken + n}") for n, i in enumerate(index.tolist())]
+        found = [self.prompts[i].again(self.taken + n) for n, i in enumerate(index.tolist())]
         self._asked = {prompt.id: i for prompt, i in zip(found, index.tolist(), strict=True)}
         self.taken += count
         return found

@@ -252,9 +252,8 @@ def _share(trainer: Trainer, batch: Batch, updates: Sequence[Tensor]) -> _Share:
     ranks, cap = trainer.ranks, trainer.config.train.micro_batch_tokens
     of_ranks: list[list[Tensor]] = [[] for _ in range(ranks.size)]
     for update in updates:
-        for cuts, rows in zip(of_ranks, split(batch.rows(update), ranks.size), strict=True):
-            mine = update[rows]
-            cuts += [mine[part] for part in micro_batches(batch.rows(mine), cap) if len(part)]
+        for cuts, mine in zip(of_ranks, split(batch, ranks.size, update), strict=True):
+            cuts += [part for part in micro_batches(batch, cap, mine) if len(part)]
     cuts = of_ranks[ranks.rank]
     busiest = max(map(len, of_ranks)) if ranks.sharded else len(cuts)
     return _Share(cuts, torch.cat([batch.group.new_empty(0), *cuts]), busiest - len(cuts))

@@ -120,7 +120,7 @@ def _dead(log: Log) -> Check:
         return Check("groups in the log", "", skipped="the log does not say how many groups have equal rewards")
     dead, reward = fmean(row["group/zero_advantage_frac"] for row in rows), fmean(row["reward/mean"] for row in rows)
     says = f"{dead:.1%} of groups have equal rewards, at a mean reward of {reward:.3g}"
-    if dead < 1.0 or any(finding for finding in _cut(log).findings):
+    if dead < 1.0 or _cut(log).findings:
         return Check("groups in the log", says)
     if len({row["reward/mean"] for row in rows}) > 1:
         says += "; the mean moves all the same, so prompts are all-or-nothing, or a prompt's samples repeat each other"

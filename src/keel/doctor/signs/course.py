@@ -152,7 +152,8 @@ def _trained_on(record: Record, parts: int = 4) -> list[tuple[float, float, floa
     steps, found = list(record.groups), []
     for i in range(parts):
         part = steps[i * len(steps) // parts : (i + 1) * len(steps) // parts]
-        means = [_right([g])[0] / _right([g])[1] for step in part for g in record.groups[step] if _right([g])[1]]
+        counts = [_right([group]) for step in part for group in record.groups[step]]
+        means = [right / graded for right, graded in counts if graded]
         if len(means) > 1:
             found.append((float(part[-1]), fmean(means), math.sqrt(max(pvariance(means), 1e-4) / len(means))))
     return found
