@@ -223,6 +223,14 @@ def spec(tmp_path, server):
 
 
 def test_a_judge_as_the_reward_of_a_task(spec, server):
+    pair = threading.Barrier(2)  # the first two answers wait for each other: graded one by one, they would never meet
+
+    def together(body, number):
+        if number <= 2:
+            pair.wait(10)
+        return point_by_point(body, number)
+
+    server.behave = together
     task = get_task(spec)
     assert not server.asked, "nothing is asked on load"
     asked = [(p, text, "stop") for p in task.train for text in (p.answer, "no idea", "")] + [(task.train[0], "40", "length")]
