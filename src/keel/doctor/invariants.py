@@ -12,7 +12,7 @@ from keel.doctor.finding import Check, Finding
 from keel.doctor.record import Record
 from keel.doctor.subject import Subject
 
-CODES = {"reward/verdicts": "K462", "group/size": "K106", "group/count": "K106"}  # all else: a metric
+CODES = {"reward/verdicts": "K486", "group/size": "K106", "group/count": "K106"}  # all else: a metric
 Met = tuple[int, str, float, str]  # step, metric, value, why it cannot be
 
 

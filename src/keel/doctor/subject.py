@@ -116,7 +116,8 @@ class Subject:
         """The check that cannot be made because of what an earlier probe found; None where nothing stands in its way.
 
         Args:
-            by: what it builds on: "forward", that log-probabilities are right, or "advantage", that rewards reach their rows.
+            by: what it builds on: "forward", that log-probabilities are right, "gradient", that one batch has one gradient, or
+                "advantage", that rewards reach their rows.
         """
         why = next((self.facts[f"no {what}"] for what in by if f"no {what}" in self.facts), "")
         return Check(name, "", skipped=why) if why else None
@@ -220,12 +221,13 @@ class Subject:
         try:
             prepared = trainer.objective.prepare(batch, self.cap) if prepared is None else prepared
             metrics, skipped, _ = loop._update(trainer, batch, prepared)
+            left = [name for name, p in parameters.items() if p.grad is not None and bool(p.grad.any())]
         finally:
             trainer.optimizer, trainer.config = held
             for name, value in clocks.items():
                 setattr(trainer, name, value)
             self.policy.model.zero_grad(set_to_none=True)
-        return Step(recorder.told, metrics, skipped)
+        return Step(recorder.told, metrics, skipped, recorder.steps, left)
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -285,11 +287,15 @@ class Step:
         gradient: by the parameter's name; None where backward left nothing.
         metrics: that the loop would write.
         skipped: the tensor for which the step was left out; "" = it was not.
+        taken: steps that the optimizer was asked for.
+        left: tensors that still have a gradient afterwards.
     """
 
     gradient: dict[str, Tensor | None]
     metrics: dict[str, float]
     skipped: str
+    taken: int
+    left: list[str]
 
     @property
     def flat(self) -> Float[Tensor, " n"]:
@@ -303,9 +309,10 @@ class _Recorder(torch.optim.Optimizer):
 
     def __init__(self, parameters: dict[str, torch.nn.Parameter]):
         super().__init__(list(parameters.values()), {"lr": 0.0})
-        self.parameters, self.told = parameters, {name: None for name in parameters}
+        self.parameters, self.told, self.steps = parameters, {name: None for name in parameters}, 0
 
     def step(self, closure=None):
+        self.steps += 1
         self.told = {name: None if p.grad is None else p.grad.detach().clone() for name, p in self.parameters.items()}
 
 
@@ -318,6 +325,19 @@ def in_double(batch: Batch) -> Batch:
     """The batch with 64-bit numbers."""
     wide = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
     return replace(batch, **{name: v.double() for name, v in wide.items() if isinstance(v, Tensor) and v.is_floating_point()})
+
+
+def some_differ(batch: Batch) -> bool:
+    """Whether any group has completions that differ; where none does, its gradients cancel out and what is left is rounding."""
+    return len(torch.cat((batch.group[:, None], batch.tokens), 1).unique(dim=0)) > len(batch.group.unique())
+
+
+def apart(a: Float[Tensor, " n"], b: Float[Tensor, " n"]) -> float:
+    """‖a − b‖ / ‖b‖; infinite where one has what the other lacks, or is not finite."""
+    if a.shape != b.shape:
+        return float("inf")
+    distance = float((a - b).norm() / b.norm().clamp(min=1e-300))
+    return distance if distance == distance else float("inf")
 
 
 def _scores(count: int, place: int) -> tuple[Score, ...]:

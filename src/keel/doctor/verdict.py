@@ -35,6 +35,8 @@ FOLLOWS = {  # a finding: the findings of which it may be no more than a consequ
     "K216": OTHER_LOGP,
     "K217": (*OTHER_LOGP, "K216"),
     "K468": ("K151", "K418", "K462", "K485"),
+    "K486": ("K151", "K418", "K462", "K466", "K485"),
+    "K152": ("K109", "K188"),
     "K620": ("K136",),
     "K670": ("K1", "K2", "K3", "K4", "K5", "K62", "K65"),
 }
@@ -67,8 +69,10 @@ LOOKS_AT: dict[str, Part] = {
     **dict.fromkeys(("gap", "sampling", "unique", "sync"), "engine gap"),
     **dict.fromkeys(("budget",), "settings"),
     **dict.fromkeys(("difficulty",), "difficulty"),
-    **dict.fromkeys(("end tokens", "rows", "echo", "repeat", "padding", "own logits", "masked", "cuts", "order"), "framework"),
-    **dict.fromkeys(("non-finite gradient", "updates", "metrics", "advantages", "direction", "bandit"), "framework"),
+    **dict.fromkeys(
+        ("end tokens", "rows", "echo", "repeat", "padding", "own logits", "again", "masked", "cuts", "order"), "framework"
+    ),
+    **dict.fromkeys(("non-finite gradient", "updates", "metrics", "advantages", "formula", "direction", "bandit"), "framework"),
     **dict.fromkeys(("reversed", "coins", "reference", "KL gradient", "census", "resume"), "framework"),
 }
 

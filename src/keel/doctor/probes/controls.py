@@ -12,7 +12,7 @@ from keel.doctor.catalogue import fault
 from keel.doctor.finding import Check, Finding
 from keel.doctor.probes.forward import distribution, model_logits, unsteady
 from keel.doctor.probes.objective import beside
-from keel.doctor.subject import Subject
+from keel.doctor.subject import Subject, some_differ
 from keel.objectives.kl import k1
 from keel.training import loop
 from keel.types import Batch, Completion, Group, Prompt, Score
@@ -68,6 +68,8 @@ def reversed_rewards(subject: Subject) -> Check:
     if (skip := _not_plain(subject, "reversed")) is not None:
         return skip
     batch = _at_rest(subject)
+    if not some_differ(batch):
+        return Check("reversed", "", skipped="in no group there are two different completions, so no reward can tell them apart")
     other = replace(batch, reward=1.0 - batch.reward, correct=batch.scorable & ~batch.correct)
     there, back = subject.gradient(batch).flat, subject.gradient(other).flat
     size = float(there.norm() * back.norm())
@@ -87,6 +89,8 @@ def coins(subject: Subject) -> Check:
     if (skip := _not_plain(subject, "coins")) is not None:
         return skip
     batch, generator = _at_rest(subject), torch.Generator().manual_seed(subject.config.seed)
+    if not some_differ(batch):
+        return Check("coins", "", skipped="in no group there are two different completions, so no reward can tell them apart")
     found = []
     for _ in range(COINS):
         right = torch.rand(len(batch), generator=generator) < 0.5
@@ -124,4 +128,4 @@ def _not_plain(subject: Subject, name: str) -> Check | None:
         return Check(
             name, "", skipped="the recipe has no update that depends on the rewards alone, once it has moved from its reference"
         )
-    return unsteady(subject, name) or subject.blocked(name, "advantage")
+    return unsteady(subject, name) or subject.blocked(name, "advantage", "gradient")

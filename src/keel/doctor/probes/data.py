@@ -5,21 +5,22 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from keel.data.items import Item, Items
 from keel.data.near import normalised
 from keel.data.samples import Sampled
-from keel.data.votes import LEAST, Suspicion, Vote, suspects, vote
+from keel.data.votes import LEAST, Suspect, Suspicion, Vote, suspects, vote
 from keel.doctor import chance
 from keel.doctor.catalogue import fault
 from keel.doctor.finding import Check, Finding
 from keel.doctor.subject import STEP, Subject
 from keel.tasks.task import PromptTask, reward_many
-from keel.types import Completion, Prompt, Score
+from keel.types import Completion, Prompt, Score, row_of
 
 ASKED, TRIES = 64, 8  # training prompts that are answered, and how often
+MANY, MANY_TRIES, ALSO = 256, 16, 0.5  # the same where votes speak for wrong ones at all: by less than this chance
 MORE = 4  # times as many tries where nobody, or everybody, is right
 LIVE = 0.1  # of the groups must be live, or most of the work is for nothing: 1 − p^G − (1−p)^G at the edge of chance
 READ = 50_000  # rows that are compared with each other
@@ -117,7 +118,48 @@ def golds(subject: Subject) -> Check:
     task = subject.task
     if getattr(task, "checked", 1) == 0:
         return Check("golds", "", skipped="no completion of this task is known to be right")
-    told = answered(subject)
+    if (check := _of_neighbours(subject, answered(subject))) is not None:
+        return check
+    told = _voted(subject, answered(subject))
+    if told is not None and told.p < ALSO and not subject.large:  # new and more samples decide
+        told = _voted(subject, answered(subject, MANY_TRIES, MANY))
+    if told is None:
+        return Check("golds", "", skipped="too few samples have an answer to vote with")
+    subject.facts["suspects"] = told.found
+    says = f"{told.due:.1f} of {told.able} gold answers are likely wrong"
+    if told.due < 1.0 or told.p >= chance.ALPHA:
+        return Check("golds", f"{says}, by the votes of {told.tries} samples each")
+    says = f"{says}: most samples agree on another (by chance: {told.p:.1g})"
+    evidence = {"rows": [s.id for s in told.found[:10]], "wrong": told.wrong}
+    return Check("golds", says, (Finding(fault("K366"), says, told.due, 1.0, told.p, evidence),))
+
+
+@dataclass(frozen=True)
+class Voted:
+    """What the votes of samples say of gold answers.
+
+    Args:
+        found: the suspicious ones.
+        able: rows with enough votes.
+        tries: samples of each.
+        wrong: share of wrong gold answers that the model estimates.
+        p: chance of such votes, if no gold answer were wrong.
+    """
+
+    found: list[Suspect]
+    able: int
+    tries: int
+    wrong: float
+    p: float
+
+    @property
+    def due(self) -> float:
+        """Expected number of wrong ones among the suspicious."""
+        return sum(s.probability for s in self.found)
+
+
+def _voted(subject: Subject, told: Answered) -> Voted | None:
+    task = subject.task
     rows = tuple(Item(prompt, "train", {}) for prompt in told.prompts)
     plain = PromptTask(task.name, task.train, task.test, lambda prompt, text: task.reward(prompt, text, "stop"), task.gold)
     items = Items(task.name, rows, {}, {}, plain)
@@ -128,15 +170,39 @@ def golds(subject: Subject) -> Check:
     ]
     able = [v for v in votes if v.tries >= LEAST and v.right + v.rival_count > 0]
     if len(able) < 16:
-        return Check("golds", "", skipped="too few samples have an answer to vote with")
+        return None
     found, model = suspects(able, {p.id: p.answer for p in told.prompts})
-    due, p = sum(s.probability for s in found), _chance_without(able, model)
-    subject.facts["suspects"] = found
-    says = f"{due:.1f} of {len(able)} gold answers are likely wrong: most samples agree on another (by chance: {p:.1g})"
-    if due < 1.0 or p >= chance.ALPHA:
-        return Check("golds", f"{due:.1f} of {len(able)} gold answers are likely wrong, by the votes of {told.tries} samples each")
-    evidence = {"rows": [s.id for s in found[:10]], "wrong": model.wrong}
-    return Check("golds", says, (Finding(fault("K366"), says, due, 1.0, p, evidence),))
+    return Voted(found, len(able), told.tries, model.wrong, _chance_without(able, model))
+
+
+def _of_neighbours(subject: Subject, told: Answered) -> Check | None:
+    """The finding that rows have the gold answer of the row before or after: where a row's own does not suit most of its samples,
+    that one does, and that of a row further off, which is the floor, does not.
+    """
+    train = subject.task.train
+    if len(train) < 4 * len(told.prompts):
+        return None
+    place = {row_of(prompt.id): i for i, prompt in enumerate(train)}
+    lost = [
+        (place[row_of(prompt.id)], row)
+        for prompt, row, right in zip(told.prompts, told.completions, told.right, strict=True)
+        if right <= told.tries / 2
+    ]
+    hits = {by: sum(_suits(subject, train[(i + by) % len(train)], row) for i, row in lost) for by in (-1, 1, 7)}
+    by = max((-1, 1), key=hits.__getitem__)
+    p = min(1.0, 2 * chance.more_of_two(hits[by], len(lost), hits[7], len(lost))) if lost else 1.0
+    if p >= chance.ALPHA:
+        return None
+    side = "after" if by > 0 else "before"
+    says = f"the gold answer of the row {side} suits most samples of {hits[by]} of {len(lost)} rows whose own does not; that of a "
+    says += f"row further off suits {hits[7]}"
+    return Check("golds", says, (Finding(fault("K368"), says, hits[by] / len(lost), hits[7] / len(lost), p),))
+
+
+def _suits(subject: Subject, other: Prompt, completions: Sequence[Completion]) -> bool:
+    """Whether most of these completions are right by another row's gold answer."""
+    scores = _scores(subject, [(other, c) for c in completions])
+    return sum(s.scorable and s.correct for s in scores) > len(completions) / 2
 
 
 def _chance_without(votes: list[Vote], model: Suspicion) -> float:

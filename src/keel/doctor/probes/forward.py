@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -13,6 +14,7 @@ from keel.doctor.finding import Check, Finding
 from keel.doctor.subject import Subject, in_double
 from keel.types import Batch
 
+SLACK = 20  # times the rounding that two ways to the same number may differ by
 LOGITS = 2e7  # numbers of a table [rows, T, V] that is made at once, at most
 
 
@@ -75,17 +77,36 @@ def own_logits(subject: Subject) -> Check:
     mask, ours = batch.mask, subject.look(batch)
     far = {t: (of_logits(logits, batch, t) - ours)[mask].abs() for t in {temperature, 1.0}}
     floor = max(subject.facts.get("floor", 1e-5), 1e-6)
-    at_asked, bound = far[temperature], 20 * floor
+    at_asked, bound = far[temperature], SLACK * floor
     allowed = 0.02 if subject.policy.routing is not None else 0.0  # a router's near-tie sends a token elsewhere
     value = float(at_asked.max())
     says = f"the trainer's log-probabilities are within {value:.1e} nats of the model's own logits at temperature {temperature:g}"
     if float((at_asked > bound).double().mean()) <= allowed:
-        return Check("own logits", f"{says}; rounding is {floor:.1e}")
+        return Check("own logits", f"{says}; rounding is {floor:.1e}", tuple(_of_the_old(subject, floor)))
     forgot = temperature != 1.0 and float((far[1.0] > bound).double().mean()) <= allowed
     says = f"the trainer's log-probabilities are up to {value:.2g} nats from the model's own logits at temperature {temperature:g}"
     why = ", and agree with those at temperature 1" if forgot else f"; rounding is {floor:.1e}"
     subject.block("forward", "the trainer's own log-probabilities are wrong; see own logits")
     return Check("own logits", says + why, (Finding(fault("K109" if forgot else "K188"), says + why, value, bound),))
+
+
+def _of_the_old(subject: Subject, floor: float) -> Iterator[Finding]:
+    """Whether logp_old, taken before the first update, is what the same weights say in it."""
+    batch, temperature = subject.batch, subject.sampling.temperature
+    if batch.logp_old is None or subject.config.train.bypass_old or subject.policy.routing is not None:
+        return
+    far = float((batch.logp_old - subject.seen)[batch.mask].abs().max())
+    if far <= SLACK * floor:
+        return
+    at_one = (
+        temperature != 1.0
+        and float((batch.logp_old - subject.look(batch, temperature=1.0))[batch.mask].abs().max()) <= SLACK * floor
+    )
+    subject.block("forward", "logp_old is not what the policy says; see own logits")
+    says = f"logp_old is up to {far:.2g} nats from what the same weights say in the update" + (
+        ", and agrees with temperature 1" if at_one else f"; rounding is {floor:.1e}"
+    )
+    yield Finding(fault("K109" if at_one else "K188"), says, far, SLACK * floor)
 
 
 # ── tables of logits ──────────────────────────────────────────────────────────────────────────────────────────────────

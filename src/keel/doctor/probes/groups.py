@@ -126,9 +126,12 @@ def _of_rows(batch: Batch, expected: Sequence[tuple[str, Prompt, Completion, Sco
 # ── the echo ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+UNSCORABLE = 0.2  # of the texts of the echo
+
+
 @dataclass(frozen=True)
 class Echo:
-    """A task whose reward is a fingerprint of what was asked and what was answered."""
+    """A task whose reward is a fingerprint of what was asked and what was answered; one text in five it cannot score."""
 
     inner: object
     name: str = "echo"
@@ -136,7 +139,8 @@ class Echo:
     test: Sequence[Prompt] = ()
 
     def reward(self, prompt: Prompt, text: str, finish: Finish) -> Score:
-        return Score(fingerprint(prompt, text))
+        mark = fingerprint(prompt, text)
+        return Score(None, reason="for the examination") if mark < UNSCORABLE else Score(mark)
 
     def gold(self, prompt: Prompt) -> str:
         return prompt.answer
@@ -169,7 +173,7 @@ class Witness:
 def echo(subject: Subject) -> Check:
     """Short completions through training's own collection, graded by a fingerprint: prompts, completions and scores stay together.
 
-    Also whether the tokens that are handed on are those that the engine sampled.
+    Also whether the tokens that are handed on are those that the engine sampled, and whether what could not be scored stays so.
     """
     sampler = subject.rollouts.sampler
     witness = Witness(sampler.engine)
@@ -177,14 +181,19 @@ def echo(subject: Subject) -> Check:
     subject.awake()
     short_sampler = replace(sampler, engine=witness, task=Echo(None), config=short)
     groups = short_sampler.batch(STEP).groups
-    swapped = drifted = total = 0
+    swapped = drifted = total = given = 0
     for group in groups:
         for c, score in zip(group.completions, group.scores, strict=True):
             said = witness.told.get((group.prompt.id, c.sample))
+            mark = fingerprint(group.prompt, said.text if said else c.text)
             total += 1
-            swapped += score.scorable and score.value != fingerprint(group.prompt, said.text if said else c.text)
+            swapped += score.scorable and mark >= UNSCORABLE and score.value != mark
+            given += score.scorable and mark < UNSCORABLE
             drifted += said is None or not torch.equal(said.token_ids, c.token_ids)
     findings = []
+    if given and not swapped:
+        says = f"{given} of {total} completions that the task could not score have a score all the same"
+        findings.append(Finding(fault("K115"), says, float(given), 0.0))
     if swapped:
         says = f"{swapped} of {total} completions carry the score of another prompt or another completion"
         findings.append(Finding(fault("K151"), says, float(swapped), 0.0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -10,10 +11,12 @@ from torch import Tensor
 
 from keel.doctor.catalogue import fault
 from keel.doctor.finding import Check, Finding
+from keel.doctor.probes.formulas import ESTIMATORS, advantages_by_hand, kl_by_hand, known
 from keel.doctor.probes.forward import unsteady
-from keel.doctor.subject import Step, Subject
+from keel.doctor.subject import Step, Subject, apart, in_double
 from keel.objectives.advantages import group_mean, sibling_mean
 from keel.objectives.kl import k1
+from keel.objectives.objective import Objective
 from keel.types import Batch
 
 ROUNDING = 1e-5  # of a mean of a few 32-bit numbers of size 1
@@ -77,12 +80,47 @@ def _of_equal_rewards(subject: Subject, objective, batch: Batch) -> list[Finding
     return [Finding(fault("K128"), says, largest, 0.0)]
 
 
+def formula(subject: Subject) -> Check:
+    """Advantages of rewards of many sizes, and what a KL in the reward takes off them, against the recipe's formula in 64 bits."""
+    if (skip := subject.blocked("formula", "advantage")) is not None:
+        return skip
+    objective, batch = replace(subject.trainer.objective, shaping=(), corrections=()), subject.stale
+    worth = torch.rand(len(batch), generator=torch.Generator().manual_seed(subject.config.seed))
+    batch = replace(batch, reward=torch.where(batch.scorable, worth.to(batch.reward.dtype), torch.nan))
+    if not known(objective.advantage, objective.reward_kl):
+        return Check("formula", "", skipped="the recipe has advantages of its own making, whose formula is not known here")
+    off = _off(replace(objective, reward_kl=None), batch)
+    if off > ROUNDING:
+        subject.block("advantage", "advantages are wrong; see formula")
+        says = f"advantages are up to {off:.2g} off the recipe's formula"
+        return Check("formula", says, (Finding(fault("K125"), says, off, ROUNDING),))
+    says = f"advantages are within {off:.1e} of the recipe's formula"
+    if objective.reward_kl is None:
+        return Check("formula", says)
+    paid = _off(objective, batch)
+    if paid <= ROUNDING:
+        return Check("formula", f"{says}, with the KL that is taken off the reward within {paid:.1e}")
+    kinds = {0.0: ("K105", "is never taken off"), -1.0: ("K104", "has the wrong sign")}
+    code, what = next(
+        (kind for times, kind in kinds.items() if _off(objective, batch, times) <= ROUNDING), ("K110", "is another one")
+    )
+    says = f"the KL in the reward {what}: advantages are up to {paid:.2g} off the recipe's formula"
+    return Check("formula", says, (Finding(fault(code), says, paid, ROUNDING),))
+
+
+def _off(objective: Objective, batch: Batch, times: float = 1.0) -> float:
+    """The largest difference to the formula, of advantages of about size 1."""
+    expected = advantages_by_hand(objective.advantage, objective.reward_kl, batch, times)
+    found = objective.prepare(batch, batch.mask.shape[1]).advantage[batch.scorable]
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1.0))
+
+
 def direction(subject: Subject) -> Check:
     """The real step's gradient against the plain policy gradient of the same rewards, taken by hand: it must not point away.
 
     On one batch, on-policy, with the group's own mean as the baseline. Any recipe's update has a positive product with it.
     """
-    if (skip := unsteady(subject, "direction") or subject.blocked("direction", "advantage")) is not None:
+    if (skip := unsteady(subject, "direction") or subject.blocked("direction", "advantage", "gradient")) is not None:
         return skip
     batch = replace(subject.batch, logp_ref=None if subject.batch.logp_ref is None else subject.seen)
     step = subject.gradient(batch)
@@ -134,7 +172,7 @@ def kl_gradient(subject: Subject) -> Check:
     objective = subject.trainer.objective
     if objective.loss_kl is None:
         return Check("KL gradient", "", skipped="the recipe has no KL in the loss")
-    if (skip := unsteady(subject, "KL gradient")) is not None:
+    if (skip := unsteady(subject, "KL gradient") or subject.blocked("KL gradient", "gradient")) is not None:
         return skip
     batch = replace(subject.batch, reward=torch.where(subject.batch.scorable, 1.0, torch.nan), correct=subject.batch.scorable)
     generator = torch.Generator().manual_seed(3)
@@ -150,9 +188,38 @@ def kl_gradient(subject: Subject) -> Check:
     ours, known = beside(subject, step, pull)
     cosine = float(ours @ known) / float(ours.norm() * known.norm())
     says = f"with equal rewards the gradient has cosine {cosine:.2f} with the pull towards the reference"
-    if cosine > 0 or objective.loss_kl.estimator is k1:
-        return Check("KL gradient", says)
-    return Check("KL gradient", says, (Finding(fault("K104"), says, cosine, 0.0),))
+    if cosine <= 0 and objective.loss_kl.estimator is not k1:
+        return Check("KL gradient", says, (Finding(fault("K104"), says, cosine, 0.0),))
+    return Check("KL gradient", says, tuple(_of_its_size(subject, batch, step)))
+
+
+def _of_its_size(subject: Subject, batch: Batch, step: Step) -> Iterator[Finding]:
+    """The same gradient against that of the recipe's estimate, written down once more: its size counts, not only its direction.
+
+    Only where nothing else is left of the loss, and no ratio multiplies the estimate.
+    """
+    objective = subject.trainer.objective
+    plain = not (objective.corrections or objective.shaping or objective.entropy_coef or objective.reward_kl)
+    alone = (
+        plain and objective.loss_kl.ratio is None and getattr(objective.advantage, "baseline", None) in (group_mean, sibling_mean)
+    )
+    mine = objective.loss_kl.estimator in ESTIMATORS and _scales_by_row(objective)
+    if not (alone and mine) or subject.no_double("KL gradient") is not None:
+        return
+    with subject.double():
+        wide = in_double(batch)
+        told, prepared = subject.gradient(wide), objective.prepare(wide, subject.cap)
+        logp = subject.policy.logp(wide, temperature=subject.sampling.temperature, replay_experts=True).logp
+        estimate = kl_by_hand(objective.loss_kl, torch.where(prepared.mask, logp - wide.logp_ref, 0.0), prepared.mask)
+        loss = objective.aggregate(objective.loss_kl.kl_coef * estimate, prepared, objective.counts(wide, prepared, subject.cap))
+        ours, known = beside(subject, told, loss)
+    off, floor = apart(ours, known), apart(step.flat, told.flat)
+    if off > floor:
+        times = float(ours @ known / known.square().sum())
+        says = (
+            f"the gradient of the KL in the loss is {times:.3g} times that of the recipe's estimate (off by {off:.1e} of its norm)"
+        )
+        yield Finding(fault("K110"), says, off, floor)
 
 
 def _rounding(subject: Subject) -> float:

@@ -6,7 +6,7 @@ import math
 import multiprocessing
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from keel.doctor import chance
 from keel.doctor.catalogue import fault
@@ -54,13 +54,46 @@ class Accuracy:
 
 
 def gold(subject: Subject) -> Check:
-    """Gold answers score 1, other rows' gold 0, in the same process and thread as in training."""
+    """Gold answers score 1, other rows' gold and near misses 0, in the same process and thread as in training."""
     if (why := _unknown(subject.task)) is not None:
         return Check("gold", "", skipped=why)
-    check, told = of_golds(subject.task, _spread(subject.task.train, PAIRS))
+    prompts = _spread(subject.task.train, PAIRS)
+    check, told = of_golds(subject.task, prompts)
     if told is not None:
         subject.facts["accuracy"] = told
-    return check
+    return _of_near_misses(subject.task, prompts, check) if check.holds else check
+
+
+def _of_near_misses(task: Task, prompts: Sequence[Prompt], held: Check) -> Check:
+    """Gold answers with another number in the place of theirs, where it is a whole number: none may be right."""
+    asked = [(p, text) for p in prompts for text in near_misses(task.gold(p), p.answer)]
+    if not asked or _costly(task) or not getattr(task, "own_gold_only", True):
+        return held
+    try:
+        taken = [text for p, text in asked if _taken(task.reward(p, text, "stop"))]
+    except Exception as error:
+        return _raised("gold", error, "a near miss")
+    if not taken:
+        return replace(held, says=f"{held.says}; none of {len(asked)} near misses is")
+    says = f"{held.says}, but {len(taken)} of {len(asked)} answers with another number are, such as {taken[0][-40:]!r}"
+    return Check("gold", says, (Finding(fault("K458"), says, len(taken) / len(asked), 0.0),))
+
+
+def near_misses(text: str, answer: str) -> list[str]:
+    """A gold text with other whole numbers in the place of its answer: one more, one less, a digit less or more at either end."""
+    head, found, tail = text.rpartition(answer)
+    if not found or not answer.removeprefix("-").isdecimal() or head[-1:].isdecimal() or tail[:1].isdecimal():
+        return []
+    number = int(answer)
+    others = {
+        str(number + 1),
+        str(number - 1),
+        answer + "7",
+        answer[:-1],
+        answer.replace("-", "")[1:],
+        "7" + answer.replace("-", ""),
+    }
+    return [head + other + tail for other in sorted(others) if other.removeprefix("-").isdecimal() and int(other) != number]
 
 
 def of_golds(task: Task, prompts: Sequence[Prompt]) -> tuple[Check, Accuracy | None]:
@@ -78,10 +111,26 @@ def of_golds(task: Task, prompts: Sequence[Prompt]) -> tuple[Check, Accuracy | N
     says = f"{told.right} of {told.gold} gold answers are right, and {told.wrong} of {told.cross} other rows' gold answers"
     if _differ(scores, single):
         return Check("gold", f"{says}; graded one by one {alone.right} and {alone.wrong}; see threads", ()), told
-    return Check("gold", says, tuple(_of_accuracy(task, told, says))), told
+    lost = [p for p, score in zip(prompts, scores, strict=False) if not _taken(score)]
+    return Check("gold", says, tuple(_of_accuracy(task, told, says, _read_otherwise(task, lost)))), told
 
 
-def _of_accuracy(task: Task, told: Accuracy, says: str) -> Iterator[Finding]:
+def _read_otherwise(task: Task, lost: Sequence[Prompt]) -> bool:
+    """Whether most gold answers that are not taken are, once there is a space or an empty line more: then it is not those rows."""
+    if not lost or _costly(task):
+        return False
+    ways = [[task.gold(p) + "\n", " " + task.gold(p), task.gold(p) + " \n"] for p in lost]
+    return (
+        sum(any(_taken(task.reward(p, text, "stop")) for text in texts) for p, texts in zip(lost, ways, strict=True))
+        > len(lost) / 2
+    )
+
+
+def _taken(score: Score) -> bool:
+    return score.value is not None and score.value > 0.5
+
+
+def _of_accuracy(task: Task, told: Accuracy, says: str, read_otherwise: bool) -> Iterator[Finding]:
     numbers = {"tpr": told.tpr, "fpr": told.fpr, "gold": told.gold, "cross": told.cross}
     strict = getattr(task, "own_gold_only", True)
     wrong = told.wrong if strict or told.fpr > 0.5 else 0
@@ -98,7 +147,7 @@ def _of_accuracy(task: Task, told: Accuracy, says: str) -> Iterator[Finding]:
         yield Finding(fault("K458"), f"{says}: wrong answers are rewarded", told.fpr, 0.0, evidence=numbers)
     elif missed == told.gold:
         yield Finding(fault("K461"), f"{says}: nothing can ever be rewarded", 0.0, 1.0, evidence=numbers)
-    elif missed >= MOST * told.gold:
+    elif missed >= MOST * told.gold or read_otherwise:
         yield Finding(fault("K482"), f"{says}: right answers are not taken", told.tpr, 1.0, evidence=numbers)
     elif missed:
         yield Finding(fault("K367"), f"{says}: these rows can never be rewarded", told.tpr, 1.0, evidence=numbers)
@@ -106,7 +155,7 @@ def _of_accuracy(task: Task, told: Accuracy, says: str) -> Iterator[Finding]:
 
 def _accuracy(scores: Sequence[Score], golds: int) -> Accuracy:
     not_finite = sum(s.value is not None and not math.isfinite(s.value) for s in scores)
-    taken = [s.value is not None and s.value > 0.5 for s in scores]
+    taken = [_taken(s) for s in scores]
     return Accuracy(golds, sum(taken[:golds]), len(scores) - golds, sum(taken[golds:]), not_finite)
 
 
@@ -127,7 +176,7 @@ def cheats(subject: Subject) -> Check:
         earned = {p.answer for p, score in zip(prompts, scores, strict=True) if score.value is not None and score.value > 0}
         if len(earned) > 1:
             caught[text] = len(earned)
-    cut = [p for p in prompts if (s := task.reward(p, _gold_or(task, p), "length")).value is not None and s.value > 0.5]
+    cut = [p for p in prompts if _taken(task.reward(p, _gold_or(task, p), "length"))]
     if caught:
         text, answers = max(caught.items(), key=lambda each: each[1])
         says = f"{text[:40]!r} earns a reward on prompts with {answers} different answers; so do {len(caught) - 1} other cheats"

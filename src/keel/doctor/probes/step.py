@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,42 @@ from torch import Tensor
 from keel.doctor.catalogue import fault
 from keel.doctor.finding import Check, Finding
 from keel.doctor.probes.forward import unsteady, widened
-from keel.doctor.subject import Subject, in_double
+from keel.doctor.subject import Subject, apart, in_double, some_differ
 from keel.training import checkpoint, loop
+from keel.training.batch import micro_batches
 from keel.types import Batch
 
 Vector = Float[Tensor, " n"]
+ROUNDING = 1e-5  # of a gradient's norm, where 32-bit sums are taken in another order
+
+
+def again(subject: Subject) -> Check:
+    """One batch several times over: one optimizer step each, the same gradient, and nothing left of it afterwards."""
+    if (skip := unsteady(subject, "again")) is not None:
+        return skip
+    steps = [subject.gradient(subject.stale) for _ in range(2 if subject.large else 3)]
+    lost = [step for step in steps if not step.skipped and (step.taken != 1 or all(g is None for g in step.gradient.values()))]
+    left = steps[0].left
+    off = max(apart(step.flat, steps[0].flat) for step in steps[1:])
+    if lost:
+        code, says = (
+            "K123",
+            f"of {len(steps)} updates with one batch {len(lost)} took {lost[0].taken} optimizer steps, and 1 was due",
+        )
+    elif left:
+        code, says = (
+            "K102",
+            f"after a step {len(left)} tensors still have its gradient, {left[0]} among them, and the next adds to it",
+        )
+    elif off > ROUNDING and not any(step.skipped for step in steps):
+        code, says = (
+            "K145",
+            f"the gradient of one batch differs by {off:.1e} of its norm when it is taken again, with the same weights",
+        )
+    else:
+        return Check("again", f"{len(steps)} times the same batch is one optimizer step each, with the same gradient")
+    subject.block("gradient", "one batch has not one gradient; see again")
+    return Check("again", says, (Finding(fault(code), says, off, ROUNDING),))
 
 
 def cuts(subject: Subject) -> Check:
@@ -35,7 +67,7 @@ def cuts(subject: Subject) -> Check:
             differ[f"micro-batches of {max(1, tokens // share)} tokens"] = apart(parts[share].flat, whole.flat)
         ranks = {n: _over_ranks(subject, wide, n) for n in ((2,) if subject.large else (2, 3))}
         told = {f"{n} virtual ranks": apart(vector, one_rank) for n, vector in ranks.items()}
-        end, prepared = torch.tensor([len(wide) - 1]), subject.trainer.objective.prepare(wide, subject.cap)
+        end, prepared = micro_batches(wide, max(1, tokens // len(wide)))[-1], subject.trainer.objective.prepare(wide, subject.cap)
         last = subject.gradient(wide.rows(end), prepared.rows(end))
     floor = apart(narrow, whole.flat)
     name, largest = max((differ | told).items(), key=lambda each: each[1])
@@ -43,16 +75,21 @@ def cuts(subject: Subject) -> Check:
     if largest <= floor:
         return Check("cuts", says)
     by_micro = max(differ.values()) > floor
-    code = _kind_of_cut(whole.flat, parts[len(wide)].flat, last.flat, len(wide)) if by_micro else "K103"
+    code = _kind_of_cut(whole.flat, parts[len(wide)].flat, last.flat) if by_micro else "K103"
     return Check("cuts", says, (Finding(fault(code), says, largest, floor, evidence=differ | told),))
 
 
-def _kind_of_cut(whole: Vector, singles: Vector, last: Vector, cuts: int) -> str:
-    """Whether the gradient of single rows has only another scale, is that of the last row alone, or another one altogether."""
-    norm = float(singles.norm() / whole.norm().clamp(min=1e-300))
-    parallel = float(singles @ whole / (singles.norm() * whole.norm()).clamp(min=1e-300)) > 1 - 1e-6
-    only_last = float(singles @ last / (singles.norm() * last.norm()).clamp(min=1e-300)) > 1 - 1e-6 or float(singles.norm()) == 0.0
-    return "K102" if parallel and abs(norm - 1) > 1e-6 or only_last else "K101"
+def _kind_of_cut(whole: Vector, singles: Vector, last: Vector) -> str:
+    """Whether the gradient of single rows has only another scale, is that of the last cut alone, or lacks that one; or is another
+    one altogether.
+    """
+    scaled, only, without = parallel(singles, whole), parallel(singles, last), parallel(whole - singles, last)
+    return "K102" if scaled or only or without or float(singles.norm()) == 0.0 else "K101"
+
+
+def parallel(a: Vector, b: Vector) -> bool:
+    """Whether two vectors point the same way, or against each other."""
+    return abs(float(a @ b)) > (1 - 1e-6) * float(a.norm() * b.norm()) > 0
 
 
 def _over_ranks(subject: Subject, batch: Batch, ranks: int) -> Vector:
@@ -95,7 +132,7 @@ def order(subject: Subject) -> Check:
 
 def masked(subject: Subject) -> Check:
     """Junk under the mask, another reward for what could not be scored, and its rows left out altogether: nothing may change."""
-    if (skip := unsteady(subject, "masked")) is not None:
+    if (skip := unsteady(subject, "masked") or subject.blocked("masked", "gradient")) is not None:
         return skip
     batch, findings = subject.stale, []
     plain = subject.gradient(batch)
@@ -152,6 +189,8 @@ def _spoiled(batch: Batch, junk: float) -> Batch:
 
 def non_finite(subject: Subject) -> Check:
     """An advantage that is NaN: no weight, no optimizer state and no clock of the schedule may move."""
+    if (skip := subject.blocked("non-finite gradient", "gradient")) is not None:
+        return skip
     trainer, batch = subject.trainer, subject.batch
     prepared = trainer.objective.prepare(batch, subject.cap)
     spoiled = replace(prepared, advantage=torch.where(prepared.mask, torch.nan, prepared.advantage))
@@ -192,7 +231,7 @@ def updates(subject: Subject) -> Check:
 
 def census(subject: Subject) -> Check:
     """Two real steps: every tensor that should train gets a gradient, and its stored bits change."""
-    if (skip := subject.blocked("census", "advantage")) is not None:
+    if (skip := subject.blocked("census", "advantage", "gradient")) is not None:
         return skip
     trainer, batch = subject.trainer, subject.batch
     mask = trainer.objective.prepare(batch, subject.cap).mask
@@ -200,6 +239,8 @@ def census(subject: Subject) -> Check:
         return Check(
             "census", "no token was a choice", skipped="truncated sampling left one token everywhere: no weight can matter"
         )
+    if not some_differ(batch):
+        return Check("census", "", skipped="in no group there are two different completions, so no weight can matter")
     left_out = [name for name, p in subject.policy.model.named_parameters() if not p.requires_grad]
     findings = []
     if left_out and subject.config.lora is None:
@@ -212,17 +253,37 @@ def census(subject: Subject) -> Check:
             for name, gradient in subject.gradient(batch).gradient.items():
                 told[name] |= gradient is not None and bool(gradient.any())
             loop._update(trainer, batch, trainer.objective.prepare(batch, subject.cap))
+        after = float(subject.look(batch)[batch.mask].mean())
         moved = {name: float((p.detach() != start[name]).double().mean()) for name, p in trainer.parameters.items()}
+    held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    unheld = [name for name, p in trainer.parameters.items() if id(p) not in held]
     silent = [name for name, seen in told.items() if not seen]
-    still = [name for name, share in moved.items() if share == 0.0 and name not in silent]
+    still = [name for name, share in moved.items() if share == 0.0 and name not in silent and name not in unheld]
+    if unheld:
+        says = f"the optimizer does not hold {len(unheld)} of {len(told)} tensors that should train, {unheld[0]} among them"
+        findings.append(Finding(fault("K153"), says, float(len(unheld)), 0.0, evidence={"tensors": unheld[:20]}))
     if silent:
         says = f"{len(silent)} of {len(told)} trained tensors get no gradient, {silent[0]} among them"
         findings.append(Finding(fault("K153"), says, float(len(silent)), 0.0, evidence={"tensors": silent[:20]}))
     if still:
         findings.append(_unmoved(subject, still, moved))
+    findings += _of_the_rate(subject, after)
     changed = sum(share for share in moved.values()) / len(moved)
     says = f"all {len(moved)} trained tensors get a gradient, and {changed:.1%} of their numbers change in two steps"
     return Check("census", findings[0].says if findings else says, tuple(findings))
+
+
+def _of_the_rate(subject: Subject, after: float) -> list[Finding]:
+    """Whether two steps leave a policy that knows less of what it said than a uniform guess does."""
+    guess = -math.log(subject.policy.base.get_output_embeddings().weight.shape[0])
+    before = float(subject.seen[subject.batch.mask].mean())
+    if not after < guess <= before:
+        return []
+    says = (
+        f"two steps at learning rate {subject.config.train.lr:g} throw the policy away: of its own samples it says {after:.1f} "
+        f"nats a token, before {before:.2f}; a guess among all tokens says {guess:.1f}"
+    )
+    return [Finding(fault("K654"), says, after, guess)]
 
 
 def _unmoved(subject: Subject, still: list[str], moved: dict[str, float]) -> Finding:
@@ -244,9 +305,10 @@ def _spacing(p: Tensor) -> float:
 
 def resumes(subject: Subject) -> Check:
     """A step, a checkpoint, another step; and from the checkpoint again: the same bits."""
-    if (skip := unsteady(subject, "resume")) is not None:
+    if (skip := unsteady(subject, "resume") or subject.blocked("resume", "gradient")) is not None:
         return skip
     trainer, batch = subject.trainer, subject.batch
+    taken = trainer.stream.taken
     with subject.kept(), tempfile.TemporaryDirectory() as folder:
         loop._update(trainer, batch, trainer.objective.prepare(batch, subject.cap))
         tensors, clocks = trainer.state()
@@ -255,26 +317,24 @@ def resumes(subject: Subject) -> Check:
         _, tensors, state = checkpoint.load(Path(folder))
         trainer.optimizer.state.clear()
         trainer.restore(tensors, state["clocks"])
+        restored = trainer.state()[1]
         again = _after_one_more(subject, batch)
+    trainer.stream.taken = taken
     subject.awake()
     differ = [name for name in on if not torch.equal(on[name], again[name])]
-    if not differ:
-        return Check("resume", "a step after resuming gives the same bits as without")
-    says = f"a step after resuming gives other bits in {len(differ)} of {len(on)} tensors, {differ[0]} among them"
-    return Check("resume", says, (Finding(fault("K170"), says, float(len(differ)), 0.0),))
+    late = [name for name in clocks if restored.get(name) != clocks[name]]
+    if late:
+        says = f"after resuming {late[0]} is {restored.get(late[0])}, and was {clocks[late[0]]}"
+    elif differ:
+        says = f"a step after resuming gives other bits in {len(differ)} of {len(on)} tensors, {differ[0]} among them"
+    else:
+        return Check("resume", "a step after resuming gives the same bits as without, and every clock stands where it stood")
+    return Check("resume", says, (Finding(fault("K170"), says, float(len(differ) + len(late)), 0.0),))
 
 
 def _after_one_more(subject: Subject, batch: Batch) -> dict[str, Tensor]:
     loop._update(subject.trainer, batch, subject.trainer.objective.prepare(batch, subject.cap))
     return {name: p.detach().clone() for name, p in subject.trainer.parameters.items()}
-
-
-def apart(a: Vector, b: Vector) -> float:
-    """‖a − b‖ / ‖b‖; infinite where one has what the other lacks, or is not finite."""
-    if a.shape != b.shape:
-        return float("inf")
-    distance = float((a - b).norm() / b.norm().clamp(min=1e-300))
-    return distance if distance == distance else float("inf")
 
 
 def _same(a: dict[str, Tensor | None], b: dict[str, Tensor | None]) -> bool:
