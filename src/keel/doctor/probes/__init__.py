@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from keel.doctor.finding import Check
 from keel.doctor.invariants import metrics_of_a_step
-from keel.doctor.probes import controls, data, engine, forward, groups, objective, reward, step
+from keel.doctor.probes import controls, data, draws, forward, gap, groups, objective, reward, step, sync
 from keel.doctor.subject import Subject
 from keel.errors import KeelError, nearest
 
@@ -26,10 +26,10 @@ PROBES: dict[str, Probe] = {
     "repeat": forward.repeats,
     "padding": forward.alone,
     "own logits": forward.own_logits,
-    "gap": engine.gap,
-    "unique": engine.unique,
-    "sampling": engine.sampling,
-    "sync": engine.sync,
+    "gap": gap.gap,
+    "unique": draws.unique,
+    "sampling": draws.sampling,
+    "sync": sync.sync,
     "again": step.again,
     "masked": step.masked,
     "cuts": step.cuts,

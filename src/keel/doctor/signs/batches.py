@@ -16,7 +16,7 @@ from keel.doctor.record import Record, Rollout
 
 ROUNDING = 1e-5  # of a mean of 32-bit numbers, relative; and of one log-probability, in nats
 ON_POLICY = 1e-6  # nats: what `policy/off_policy_frac` counts from
-GROWN = 100.0  # times the first batch's mean square gap: ten times as far, as `probes.engine.SLACK` has it
+GROWN = 100.0  # times the first batch's mean square gap: ten times as far, as `probes.gap.SLACK` has it
 MOVES = 1e-7  # learning rate from which a step moves 32-bit weights of ordinary size
 
 
