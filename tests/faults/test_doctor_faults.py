@@ -1,9 +1,12 @@
 """Faults in the living system against the doctor's probes: each is found, in the right part and component; healthy ones are silent.
 
 The table of faults is in `seeded.py`. Each is looked for by the probes that are named here (all of the card takes some seconds
-more); a few are put to the whole card, alone and in pairs.
+more); a few are put to the whole card, alone and in pairs. So are all of `held_out.py`, those but `MISSED`.
 """
 
+import re
+
+import held_out
 import pytest
 from seeded import SEEDED, planted
 
@@ -88,6 +91,7 @@ PAIRS = [  # of different parts or components, before the whole card
     ("each micro-batch has its own denominators", "engine takes top_p from the model"),
     ("a cap that cuts everything", "a tensor is never trained"),
 ]
+MISSED = ("one gold in twenty is wrong",)  # a base that is right half of the time cannot outvote so few
 HEALTHY = [  # recipe, settings: oddities that are none among them
     ("solid", {}),
     ("grpo", {"seed": 1, "task": "arithmetic:easy", "sampling.temperature": 0.7}),
@@ -110,8 +114,8 @@ def examined(recipe, settings, probes=tuple(PROBES)):
         subject.close()
 
 
-def with_faults(*names, probes=tuple(PROBES)):
-    with planted(*names) as settings:
+def with_faults(*names, probes=tuple(PROBES), table=SEEDED):
+    with planted(*names, table=table) as settings:
         settings = SMALL | settings
         return examined(settings.pop("recipe", "solid"), settings, probes)
 
@@ -136,6 +140,22 @@ def test_the_tensor_that_did_not_arrive_is_named():
         subject = Subject.of(load_config("solid", SMALL | settings))
         (check,) = ask(subject, ["sync"])
     assert check.findings[0].evidence["tensors"] == ["model.layers.0.self_attn.o_proj.weight"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in held_out.HELD_OUT if name not in MISSED])
+def test_a_fault_in_another_place_is_found_by_the_whole_card(name):
+    diagnosis, fault = with_faults(name, table=held_out.HELD_OUT), held_out.HELD_OUT[name]
+    assert diagnosis.verdicts == (fault.part,), [finding.says for finding in diagnosis.findings]
+    assert any(re.search(fault.component.lower(), found) for found in components(diagnosis)), components(diagnosis)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", held_out.HEALTHY)
+def test_no_alarm_on_settings_that_are_rare(name):
+    settings = {"task": "arithmetic:medium"} | held_out.HEALTHY[name]
+    diagnosis = examined(settings.pop("recipe", "solid"), settings)
+    assert diagnosis.healthy, [finding.says for finding in diagnosis.findings]
 
 
 @pytest.mark.slow
