@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from keel.doctor.finding import PARTS, Check, Diagnosis, Finding, Part
 
-NO_REWARD = ("K4", "K620", "K136", "K143", "K151", "K215", "K36")  # with one of these a base that never scores says nothing
+NO_REWARD = ("K4", "K620", "K655", "K136", "K143", "K151", "K215", "K36")  # with one of these a base that never scores says nothing
 OTHER_LOGP = (
     "K109",
     "K122",
@@ -64,16 +64,16 @@ def weigh(checks: Sequence[Check], looks_at: Mapping[str, Part] | None = None) -
 
 
 LOOKS_AT: dict[str, Part] = {
-    **dict.fromkeys(("gold", "cheats", "junk", "hangs", "threads"), "reward"),
+    **dict.fromkeys(("gold", "cheats", "junk", "hangs", "threads", "endings"), "reward"),
     **dict.fromkeys(("copies", "golds"), "data"),
     **dict.fromkeys(("gap", "sampling", "unique", "sync"), "engine gap"),
-    **dict.fromkeys(("budget",), "settings"),
+    **dict.fromkeys(("budget", "choice"), "settings"),
     **dict.fromkeys(("difficulty",), "difficulty"),
     **dict.fromkeys(
         ("end tokens", "rows", "echo", "repeat", "padding", "own logits", "again", "masked", "cuts", "order"), "framework"
     ),
     **dict.fromkeys(("non-finite gradient", "updates", "metrics", "advantages", "formula", "direction", "bandit"), "framework"),
-    **dict.fromkeys(("reversed", "coins", "reference", "KL gradient", "census", "resume"), "framework"),
+    **dict.fromkeys(("reversed", "coins", "reference", "KL gradient", "census", "schedule", "resume"), "framework"),
 }
 
 

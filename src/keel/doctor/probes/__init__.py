@@ -46,8 +46,11 @@ PROBES: dict[str, Probe] = {
     "reference": objective.reference,
     "KL gradient": objective.kl_gradient,
     "census": step.census,
+    "schedule": step.schedule,
     "resume": step.resumes,
+    "endings": reward.endings,
     "budget": data.budget,
+    "choice": data.choice,
     "golds": data.golds,
     "difficulty": data.difficulty,
 }

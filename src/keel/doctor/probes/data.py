@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -23,6 +24,8 @@ ASKED, TRIES = 64, 8  # training prompts that are answered, and how often
 MANY, MANY_TRIES, ALSO = 256, 16, 0.5  # the same where votes speak for wrong ones at all: by less than this chance
 MORE = 4  # times as many tries where nobody, or everybody, is right
 LIVE = 0.1  # of the groups must be live, or most of the work is for nothing: 1 − p^G − (1−p)^G at the edge of chance
+WORTH = 4  # times as many live groups at temperature 1, before the temperature is to blame
+READ_WORDS = 2_000  # rows in which the answer is looked for
 READ = 50_000  # rows that are compared with each other
 
 
@@ -45,12 +48,28 @@ def copies(subject: Subject) -> Check:
     if leaked:
         says = f"{leaked} training rows ask what is held out for evaluation"
         findings.append(Finding(fault("K364"), says, float(leaked), 0.0))
+    if (held_says := _holds_its_answer(train, test)) and not leaked:
+        findings.append(held_says)
     if due >= 1.0 and not torn:
         says = f"{len(train)} rows are {len(by_text)} questions: a batch of {per_batch} prompts holds {due:.1f} pairs of copies"
         findings.append(Finding(fault("K365"), says, due, 1.0))
     subject.facts |= {"distinct": len(by_text), "rows": len(train), "leaked": leaked}
     says = f"{len(train)} rows are {len(by_text)} questions, none of them held out; a batch holds {due:.2f} pairs of copies"
     return Check("copies", findings[0].says if findings else says, tuple(findings))
+
+
+def _holds_its_answer(train: Sequence[Prompt], test: Sequence[Prompt]) -> Finding | None:
+    """The finding that most training questions hold their answer as a word, and held-out ones do so less often."""
+    hits, floor = (sum(_word(p.answer, p.text) for p in part[:READ_WORDS]) for part in (train, test))
+    tries, tries_floor = (len(part[:READ_WORDS]) for part in (train, test))
+    if not tries_floor or hits <= tries / 2 or (p := chance.more_of_two(hits, tries, floor, tries_floor)) >= chance.ALPHA:
+        return None
+    says = f"{hits / tries:.0%} of training questions hold their own answer, and {floor / tries_floor:.0%} of those held out"
+    return Finding(fault("K369"), says, hits / tries, floor / tries_floor, p)
+
+
+def _word(answer: str, text: str) -> bool:
+    return bool(answer) and re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text) is not None
 
 
 @dataclass(frozen=True)
@@ -257,6 +276,23 @@ def difficulty(subject: Subject) -> Check:
     code, what = ("K568", "too hard") if mean < 0.5 else ("K569", "too easy")
     says = f"{says}, and at the edge of chance {most:.0%}: {what} for this base and group size"
     return Check("difficulty", says, (Finding(fault(code), says, share, LIVE, chance.CARD_ALPHA),))
+
+
+def choice(subject: Subject) -> Check:
+    """Below a temperature of 1: live groups, against those of the same prompts at 1."""
+    temperature = subject.sampling.temperature
+    if temperature >= 1.0:
+        return Check("choice", f"samples are drawn at temperature {temperature:g}")
+    told = answered(subject)
+    made = subject.generate(told.prompts, told.tries, replace(subject.sampling, temperature=1.0), step=STEP + 6)
+    scores = _scores(subject, [(p, c) for p, row in zip(told.prompts, _rows(made, told.tries), strict=True) for c in row])
+    warm = [sum(s.scorable and s.correct for s in scores[i : i + told.tries]) for i in range(0, len(scores), told.tries)]
+    live, live_warm = (sum(0 < r < told.tries for r in right) for right in (told.right, warm))
+    says = f"{live} of {len(warm)} groups of {told.tries} are live at temperature {temperature:g}, and {live_warm} at 1"
+    p = chance.more_of_two(live_warm, len(warm), live, len(warm))
+    if p >= chance.ALPHA or WORTH * live >= live_warm:
+        return Check("choice", says)
+    return Check("choice", says, (Finding(fault("K655"), says, live / len(warm), live_warm / len(warm), p),))
 
 
 def budget(subject: Subject) -> Check:

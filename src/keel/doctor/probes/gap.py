@@ -10,7 +10,7 @@ from torch import Tensor
 
 from keel.doctor.catalogue import fault
 from keel.doctor.finding import Check, Finding
-from keel.doctor.probes.forward import alone, unsteady
+from keel.doctor.probes.forward import alone, distribution, few_rows, model_logits, unsteady
 from keel.doctor.subject import Subject
 from keel.gap.floor import noise_floor
 from keel.gap.measure import measure
@@ -69,9 +69,8 @@ def _explained(subject: Subject, batch: Batch, seen, cuts: list[Tensor], bound: 
         inner[:, 0] = False
         if inner.any() and float((logp - moved)[inner].abs().max()) <= bound:
             return "K248", f"the engine's log-probabilities stand {'after' if by < 0 else 'before'} their tokens"
-    last = mask & (torch.arange(mask.shape[1]) == batch.completion_len[:, None] - 1)
-    if (mask & ~last).any() and float((logp - batch.logp_rollout)[mask & ~last].abs().max()) <= bound:
-        return "K249", "the last tokens of completions have another log-probability, and no other token has"
+    if (where := _one_place(batch, logp, bound)) is not None:
+        return "K249", f"only the {where} tokens of completions have another log-probability"
     if _of_other_prompts(subject, batch, logp, bound):
         return "K151", "completions stand under other prompts than those that they answer"
     temperature = subject.sampling.temperature
@@ -84,11 +83,42 @@ def _explained(subject: Subject, batch: Batch, seen, cuts: list[Tensor], bound: 
         return "K210", f"its log-probabilities are those at temperature {at:.3g}, and {temperature:g} was asked for"
     d = (logp - batch.logp_rollout)[mask]
     if float(d.max()) <= bound:
-        mass = float(d.exp().mean())
-        return "K211", f"it gives every sampled token more than the trainer does, {1 / mass:.3g} times on average: it cuts off"
+        more = f"it gives every sampled token more than the trainer does, {1 / float(d.exp().mean()):.3g} times on average"
+        if _cuts_off(subject, batch, bound):
+            return "K211", f"{more}: it cuts off"
+        return "K249", f"{more}, and not by what is left when a tail is cut off: it tells other tokens' log-probabilities, or none"
     if (told := routed(subject.policy, batch, seen, cuts, temperature)) is not None and told.layers_differ_frac > 0:
         return "K246", f"it sends {told.tokens_differ_frac:.1%} of the tokens to other experts"
     return "K247", f"of either sign, {float((d > 0).double().mean()):.0%} of them up: it computes in other arithmetic"
+
+
+def _one_place(batch: Batch, logp: Float[Tensor, "B T"], bound: float) -> str | None:
+    """The one place in completions at which there is a gap, in a word; None where there are several."""
+    column, last = torch.arange(batch.mask.shape[1]), batch.completion_len[:, None] - 1
+    for name, place in (("first", (column == 0).expand(batch.mask.shape)), ("last", column == last)):
+        rest = batch.mask & ~place
+        if rest.any() and float((logp - batch.logp_rollout)[rest].abs().max()) <= bound:
+            return name
+    return None
+
+
+@torch.no_grad()
+def _cuts_off(subject: Subject, batch: Batch, bound: float) -> bool:
+    """Whether what the engine gives a token more is what is left of a distribution whose tail was cut off: then 1 over it is a sum
+    of the largest probabilities, the token's own among them.
+    """
+    part = few_rows(subject, batch)
+    log_probs = distribution(model_logits(subject, part), part, subject.sampling.temperature)[part.mask].double()
+    column = (part.prompt_len[:, None] + torch.arange(part.mask.shape[1])).clamp(max=part.tokens.shape[1] - 1)
+    own = log_probs.gather(1, part.tokens.gather(1, column)[part.mask][:, None])
+    left = own - part.logp_rollout[part.mask][:, None].double()
+    cut = left[:, 0] < -bound
+    if not cut.any():
+        return True
+    sums = log_probs.sort(1, descending=True).values.exp().cumsum(1)
+    holds = sums >= own.exp() - 1e-9  # from the token's own rank on
+    near = ((sums - left.exp()).abs() < 1e-4) & holds
+    return float(near.any(1)[cut].double().mean()) > 0.95
 
 
 def _of_other_prompts(subject: Subject, batch: Batch, logp: Float[Tensor, "B T"], bound: float) -> bool:

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from keel.doctor.catalogue import fault
 from keel.doctor.finding import Check, Finding
-from keel.doctor.probes.formulas import ESTIMATORS, advantages_by_hand, kl_by_hand, known
+from keel.doctor.probes.formulas import ESTIMATORS, advantages_by_hand, kl_by_hand, known, weight_by_hand
 from keel.doctor.probes.forward import unsteady
 from keel.doctor.subject import Step, Subject, apart, in_double
 from keel.objectives.advantages import group_mean, sibling_mean
 from keel.objectives.kl import k1
 from keel.objectives.objective import Objective
+from keel.training import loop
 from keel.types import Batch
 
 ROUNDING = 1e-5  # of a mean of a few 32-bit numbers of size 1
@@ -81,38 +82,68 @@ def _of_equal_rewards(subject: Subject, objective, batch: Batch) -> list[Finding
 
 
 def formula(subject: Subject) -> Check:
-    """Advantages of rewards of many sizes, and what a KL in the reward takes off them, against the recipe's formula in 64 bits."""
+    """Advantages of rewards of many sizes, what shaping and a KL take off them, and the weight of each token in the loss at ratios
+    away from 1: against the recipe's formulas in 64 bits.
+    """
     if (skip := subject.blocked("formula", "advantage")) is not None:
         return skip
-    objective, batch = replace(subject.trainer.objective, shaping=(), corrections=()), subject.stale
-    worth = torch.rand(len(batch), generator=torch.Generator().manual_seed(subject.config.seed))
-    batch = replace(batch, reward=torch.where(batch.scorable, worth.to(batch.reward.dtype), torch.nan))
-    if not known(objective.advantage, objective.reward_kl):
+    objective, batch = replace(subject.trainer.objective, corrections=()), _of_many_sizes(subject)
+    if not known(objective):
         return Check("formula", "", skipped="the recipe has advantages of its own making, whose formula is not known here")
-    off = _off(replace(objective, reward_kl=None), batch)
-    if off > ROUNDING:
-        subject.block("advantage", "advantages are wrong; see formula")
-        says = f"advantages are up to {off:.2g} off the recipe's formula"
-        return Check("formula", says, (Finding(fault("K125"), says, off, ROUNDING),))
-    says = f"advantages are within {off:.1e} of the recipe's formula"
-    if objective.reward_kl is None:
-        return Check("formula", says)
-    paid = _off(objective, batch)
-    if paid <= ROUNDING:
-        return Check("formula", f"{says}, with the KL that is taken off the reward within {paid:.1e}")
-    kinds = {0.0: ("K105", "is never taken off"), -1.0: ("K104", "has the wrong sign")}
-    code, what = next(
-        (kind for times, kind in kinds.items() if _off(objective, batch, times) <= ROUNDING), ("K110", "is another one")
+    steps = (
+        ("K125", "advantages are", replace(objective, reward_kl=None, shaping=())),
+        ("K129", "with shaped rewards advantages are", replace(objective, reward_kl=None)),
+        ("", "with the KL that is taken off the reward advantages are", objective),
     )
-    says = f"the KL in the reward {what}: advantages are up to {paid:.2g} off the recipe's formula"
-    return Check("formula", says, (Finding(fault(code), says, paid, ROUNDING),))
+    for code, what, part in steps:
+        if (off := _off(part, batch)) > ROUNDING:
+            subject.block("advantage", "advantages are wrong; see formula")
+            code, why = (code, "") if code else _kind_of_kl(objective, batch)
+            says = f"{what} up to {off:.2g} off the recipe's formula{why}"
+            return Check("formula", says, (Finding(fault(code), says, off, ROUNDING),))
+    says = f"advantages are within {off:.1e} of the recipe's formula"
+    if (off := _off_in_the_loss(objective, batch)) is None:
+        return Check("formula", says)
+    if off <= ROUNDING:
+        return Check("formula", f"{says}, and weights of tokens in the loss within {off:.1e}")
+    says = f"away from a ratio of 1, weights of tokens in the loss are up to {off:.2g} off the recipe's formula"
+    return Check("formula", says, (Finding(fault("K127"), says, off, ROUNDING),))
+
+
+def _of_many_sizes(subject: Subject) -> Batch:
+    """The stale batch with rewards of many sizes, every third completion cut off, and ratios on both sides of any clip."""
+    batch, generator = subject.stale, torch.Generator().manual_seed(subject.config.seed)
+    worth = torch.rand(len(batch), generator=generator).to(batch.reward.dtype)
+    old = batch.logp_old + 0.5 * torch.randn(batch.mask.shape, generator=generator).to(batch.logp_old.dtype)
+    changes = {"reward": torch.where(batch.scorable, worth, torch.nan), "truncated": torch.arange(len(batch)) % 3 == 0}
+    return replace(batch, logp_old=old, **changes)
 
 
 def _off(objective: Objective, batch: Batch, times: float = 1.0) -> float:
     """The largest difference to the formula, of advantages of about size 1."""
-    expected = advantages_by_hand(objective.advantage, objective.reward_kl, batch, times)
-    found = objective.prepare(batch, batch.mask.shape[1]).advantage[batch.scorable]
+    cap = batch.mask.shape[1]
+    expected, found = advantages_by_hand(objective, batch, cap, times), objective.prepare(batch, cap).advantage
     return float((found - expected).abs().max() / expected.abs().max().clamp(min=1.0))
+
+
+def _kind_of_kl(objective: Objective, batch: Batch) -> tuple[str, str]:
+    """Whether the KL in the reward is not paid, is paid out, or is another one, as (code, words)."""
+    kinds = {0.0: ("K105", ": it is never taken off"), -1.0: ("K104", ": it has the wrong sign")}
+    return next((kind for times, kind in kinds.items() if _off(objective, batch, times) <= ROUNDING), ("K110", ""))
+
+
+def _off_in_the_loss(objective: Objective, batch: Batch) -> float | None:
+    """The largest difference of a token's weight in the loss to the formula; None where that is not known."""
+    plain = replace(objective, loss_kl=None, entropy_coef=0.0)
+    prepared = plain.prepare(batch, batch.mask.shape[1])
+    logp = torch.where(prepared.mask, batch.logp_rollout, 0.0).double().requires_grad_()
+    plain.per_token(logp, torch.zeros_like(logp), batch, prepared).sum().backward()
+    old, rollout = (torch.where(prepared.mask, seen, 0.0).double() for seen in (batch.logp_old, batch.logp_rollout))
+    weight = weight_by_hand(plain, logp.detach() - old, old - rollout, prepared.advantage, prepared.mask)
+    if weight is None:
+        return None
+    expected = torch.where(prepared.mask & (prepared.advantage != 0), -prepared.advantage.double() * weight, 0.0)
+    return float((logp.grad - expected).abs().max() / expected.abs().max().clamp(min=1.0))
 
 
 def direction(subject: Subject) -> Check:
@@ -153,18 +184,30 @@ def beside(subject: Subject, step: Step, loss: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def reference(subject: Subject) -> Check:
-    """Before the first step the reference is the policy: the KL is 0."""
+    """Before the first step the reference is the policy, and when the policy moves it stays."""
     batch = subject.batch
     if batch.logp_ref is None:
         return Check("reference", "", skipped="the recipe has no reference")
     if subject.trainer.step or (skip := unsteady(subject, "reference")) is not None:
         return Check("reference", "", skipped="the policy has been trained since" if subject.trainer.step else skip.skipped)
-    apart = float((subject.seen - batch.logp_ref)[batch.mask].abs().max())
+    off = float((subject.seen - batch.logp_ref)[batch.mask].abs().max())
     floor = _rounding(subject)
-    says = f"before the first step the reference is {apart:.1e} nats from the policy; 32-bit rounding is {floor:.1e}"
-    if apart <= floor:
-        return Check("reference", says)
-    return Check("reference", says, (Finding(fault("K152"), says, apart, floor),))
+    says = f"before the first step the reference is {off:.1e} nats from the policy; 32-bit rounding is {floor:.1e}"
+    if off <= floor:
+        off = _follows(subject, batch)
+        if off <= floor:
+            return Check("reference", f"{says}, and it stays where it is when weights change")
+        says = f"when the policy's weights change, the reference changes too, by up to {off:.2g} nats"
+    return Check("reference", says, (Finding(fault("K152"), says, off, floor),))
+
+
+def _follows(subject: Subject, batch: Batch) -> float:
+    """How far the reference moves with the policy, in nats."""
+    with subject.kept(), torch.no_grad():
+        for p in subject.trainer.parameters.values():
+            p.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(5)).to(p))
+        moved = loop._with_log_probabilities(subject.trainer, replace(batch, logp_ref=None)).logp_ref
+    return float((moved - batch.logp_ref)[batch.mask].abs().max())
 
 
 def kl_gradient(subject: Subject) -> Check:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from keel.doctor import chance
 from keel.doctor.catalogue import fault
 from keel.doctor.finding import Check, Finding
+from keel.doctor.probes.data import answered
 from keel.doctor.subject import Subject
 from keel.rewards.compose import spent
 from keel.tasks.task import Task, reward_many
@@ -19,6 +20,7 @@ from keel.types import Finish, Prompt, Score
 PAIRS = 64  # prompts whose gold is graded
 LIMIT_S = 3.0  # within which any text must have its verdict
 BUDGET_S = 8.0  # that one probe spends grading; slow graders see fewer texts
+MOST_AT_ONCE = 1024  # texts that are graded together
 MOST = 0.25  # of gold answers that are not taken: from here on it is the grader that misses them, below it is those rows
 
 CHEATS = (
@@ -112,6 +114,14 @@ def of_golds(task: Task, prompts: Sequence[Prompt]) -> tuple[Check, Accuracy | N
     if _differ(scores, single):
         return Check("gold", f"{says}; graded one by one {alone.right} and {alone.wrong}; see threads", ()), told
     lost = [p for p, score in zip(prompts, scores, strict=False) if not _taken(score)]
+    if (
+        told.fpr > 0.5
+        and told.right
+        and not _costly(task)
+        and not any(_taken(task.reward(p, task.gold(o) + " ", "stop")) for p, o in pairs[:16])
+    ):
+        says = f"{says}; but none of 16 of them with a space behind it, which was never graded before: it remembers verdicts"
+        return Check("gold", says, (Finding(fault("K485"), says, told.fpr, 0.0),)), told
     return Check("gold", says, tuple(_of_accuracy(task, told, says, _read_otherwise(task, lost)))), told
 
 
@@ -215,11 +225,16 @@ def threads(subject: Subject) -> Check:
         texts += [(p, task.gold(p), "stop") for p in _spread(task.train, 48)]
     texts = list({(p.id, text): (p, text, finish) for p, text, finish in texts}.values())
     try:
-        first, second = ([task.reward(*each) for each in texts] for _ in range(2))
+        begun = time.perf_counter()
+        first = [task.reward(*each) for each in texts]
+        seconds = (time.perf_counter() - begun) / len(texts)
+        second = [task.reward(*each) for each in texts]
+        texts += _as_many_as_training(subject, len(texts), seconds)
+        first += [task.reward(*each) for each in texts[len(first) :]]
         together = reward_many(task, texts)
     except Exception as error:
         return _raised("threads", error, "a completion")
-    changed = _differ(first, second)
+    changed = _differ(first[: len(second)], second)
     if changed:
         says = f"{changed} of {len(texts)} verdicts change when the same text is graded again"
         return Check("threads", says, (Finding(fault("K462"), says, float(changed), 0.0),))
@@ -230,6 +245,41 @@ def threads(subject: Subject) -> Check:
         code = "K418" if lost == apart and lost == sum(a.correct for a in first) else "K485"
         return Check("threads", says, (Finding(fault(code), says, float(apart), 0.0),))
     return Check("threads", f"{len(texts)} verdicts are the same again, and the same as training has them graded")
+
+
+def _as_many_as_training(subject: Subject, there: int, seconds: float) -> list[tuple[Prompt, str, Finish]]:
+    """Gold answers of other prompts, until there are as many texts as a batch of training grades at once and time allows."""
+    if _unknown(subject.task) is not None:
+        return []
+    train, prompts = subject.config.train, subject.task.train
+    most = min(train.prompts_per_step * train.group_size, MOST_AT_ONCE, int(BUDGET_S / 4 / max(seconds, 1e-6)))
+    return [(p, subject.task.gold(p), "stop") for p in _spread(prompts, max(0, most - there))]
+
+
+def endings(subject: Subject) -> Check:
+    """Completions of its own that end with the whole gold text, with other text before it: they are right."""
+    task = subject.task
+    if (why := _unknown(task) or _costly(task)) is not None:
+        return Check("endings", "", skipped=why)
+    told, lost, seen = answered(subject), "", []
+    for prompt, row, scores in zip(told.prompts, told.completions, told.scores, strict=True):
+        gold = task.gold(prompt).strip()
+        for c, score in zip(row, scores, strict=True):
+            text = c.text.strip()
+            if (
+                c.finish == "stop"
+                and score.scorable
+                and gold
+                and text.endswith(gold)
+                and text[-len(gold) - 1 : -len(gold)].isspace()
+            ):
+                seen.append(score.correct)
+                lost = lost if score.correct else text
+    says = f"{sum(seen)} of {len(seen)} completions that end with the gold answer, after other text, are right"
+    if len(seen) - sum(seen) < max(5, MOST * len(seen)):
+        return Check("endings", says)
+    says = f"{says}; not so {lost[-60:]!r}"
+    return Check("endings", says, (Finding(fault("K482"), says, sum(seen) / len(seen), 1.0),))
 
 
 def hangs(subject: Subject) -> Check:

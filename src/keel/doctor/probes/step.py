@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from keel.doctor.catalogue import fault
 from keel.doctor.finding import Check, Finding
+from keel.doctor.probes.formulas import AdamW, rate_by_hand
 from keel.doctor.probes.forward import unsteady, widened
 from keel.doctor.subject import Subject, apart, in_double, some_differ
 from keel.training import checkpoint, loop
@@ -249,10 +251,14 @@ def census(subject: Subject) -> Check:
     with subject.kept():
         start = {name: p.detach().clone() for name, p in trainer.parameters.items()}
         told: dict[str, bool] = dict.fromkeys(start, False)
+        by_hand = AdamW(trainer.config.train, trainer.parameters)
         for _ in range(2):
-            for name, gradient in subject.gradient(batch).gradient.items():
+            step = subject.gradient(batch)
+            for name, gradient in step.gradient.items():
                 told[name] |= gradient is not None and bool(gradient.any())
+            expected = by_hand.step(step.gradient, float(step.metrics["train/lr"]))
             loop._update(trainer, batch, trainer.objective.prepare(batch, subject.cap))
+            off = apart(_flat(trainer.parameters) - _flat(start), expected - _flat(start))
         after = float(subject.look(batch)[batch.mask].mean())
         moved = {name: float((p.detach() != start[name]).double().mean()) for name, p in trainer.parameters.items()}
     held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
@@ -267,10 +273,46 @@ def census(subject: Subject) -> Check:
         findings.append(Finding(fault("K153"), says, float(len(silent)), 0.0, evidence={"tensors": silent[:20]}))
     if still:
         findings.append(_unmoved(subject, still, moved))
+    if not findings and off > (floor := _rounding_of_steps(start, expected)):
+        says = f"after two steps weights are {off:.1e} of the way from where AdamW's formula takes them; rounding is {floor:.1e}"
+        findings.append(Finding(fault("K124"), says, off, floor))
     findings += _of_the_rate(subject, after)
     changed = sum(share for share in moved.values()) / len(moved)
     says = f"all {len(moved)} trained tensors get a gradient, and {changed:.1%} of their numbers change in two steps"
     return Check("census", findings[0].says if findings else says, tuple(findings))
+
+
+def _flat(tensors: Mapping[str, Tensor]) -> Vector:
+    return torch.cat([t.detach().double().flatten() for t in tensors.values()])
+
+
+def _rounding_of_steps(start: Mapping[str, Tensor], expected: Vector) -> float:
+    """How far rounding of stored weights may take them off their way, as a share of it."""
+    stored = torch.cat([(t.detach().double().abs() * _spacing(t)).flatten() for t in start.values()])
+    return 1e-3 + 2 * float(stored.norm() / (expected - _flat(start)).norm().clamp(min=1e-300))
+
+
+def schedule(subject: Subject) -> Check:
+    """The learning rate that a step takes at the beginning, in the middle and at the end of the run, against the formula."""
+    if (skip := subject.blocked("schedule", "gradient")) is not None:
+        return skip
+    train, steps, trainer = subject.config.train, subject.config.steps, subject.trainer
+    held, told = trainer.updates, {}
+    for clock in sorted({0, steps // 2, steps - 1}):
+        trainer.updates = clock
+        told[clock] = float(subject.gradient(subject.batch).metrics["train/lr"])
+    trainer.updates = held
+    off = {
+        clock: (rate, due)
+        for clock, rate in told.items()
+        if abs(rate - (due := rate_by_hand(train, clock, steps))) > 1e-6 * train.lr
+    }
+    if not off:
+        rates = ", ".join(f"{rate:.3g}" for rate in told.values())
+        return Check("schedule", f"at the beginning, in the middle and at the end the learning rate is the schedule's: {rates}")
+    clock, (rate, due) = next(iter(off.items()))
+    says = f"after {clock} of {steps} updates the learning rate is {rate:.3g}, and by the schedule {due:.3g}"
+    return Check("schedule", says, (Finding(fault("K126"), says, rate, due),))
 
 
 def _of_the_rate(subject: Subject, after: float) -> list[Finding]:
