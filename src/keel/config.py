@@ -211,6 +211,14 @@ class EngineSettings(Section):
         return self
 
 
+class ClusterSettings(Section):
+    """Where rollouts are sampled when one process is not enough: workers on a Ray cluster that is running already."""
+
+    ray: str = Field("", description="the Ray cluster: auto, host:port or ray://host:port; empty = none")
+    rollout_workers: int = Field(1, ge=1, description="processes on it that sample, each with a model and an engine of its own")
+    start_s: float = Field(300.0, gt=0, description="seconds within which all of them must have loaded their model")
+
+
 class RunConfig(Section):
     """One run. Construct it by `load_config`, or directly: RunConfig(recipe="solid", train={"lr": 1e-4}).
 
@@ -238,6 +246,7 @@ class RunConfig(Section):
     lora: LoraSettings | None = Field(None, description="train low-rank adapters; none = all weights")
     checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
     record: RecordSettings = Field(default_factory=RecordSettings)
+    cluster: ClusterSettings = Field(default_factory=ClusterSettings)
 
     def __init__(self, **data: Any):
         try:
@@ -276,6 +285,11 @@ class RunConfig(Section):
         dynamic = chosen.dynamic_sampling if train.dynamic_sampling is None else train.dynamic_sampling
         updates = train.updates_per_batch or chosen.updates_per_batch
         return self.replaced({"train.dynamic_sampling": dynamic, "train.updates_per_batch": updates})
+
+    @property
+    def samples_apart(self) -> bool:
+        """Whether other processes than the trainer's sample."""
+        return self.train.max_staleness > 0 or bool(self.cluster.ray)
 
     def resolved_updates(self) -> int:
         """Optimizer steps of one batch: the setting's, else the recipe's."""

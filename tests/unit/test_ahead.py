@@ -43,7 +43,7 @@ def train(settings: RunConfig, schedule=None):
     trainer = trainer_of(settings, schedule)
     try:
         records = list(iterate(trainer))
-        return records, {n: p.detach().clone() for n, p in trainer.parameters.items()}, trainer.rollouts.used
+        return records, {n: p.detach().clone() for n, p in trainer.parameters.items()}, trainer.rollouts.window.used
     finally:
         trainer.close()
 
