@@ -4,8 +4,8 @@
     python benchmarks/scale.py --plan                  # 1,000 GPUs on paper
 
 Costs and outcomes are measured in turn within one script, again and again: the machine may have other work, and its speed changes.
-Means are compared, not medians: on a busy machine short work is done at once or stands still, and a step is a sum of it. Costs
-come from processes of their own with other batch sizes than the runs that are predicted.
+Costs are seconds of a core, so that other work does not count, from processes of their own with other batch sizes than the runs
+that are predicted; what other work takes away shows in how far three busy processes get. Outcomes are means of seconds.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ RUNS = {
     "Ray, 2 workers, staleness 2": {"train.max_staleness": 2, "cluster.ray": "auto", "cluster.rollout_workers": 2},
 }
 PROCESSES = 3  # at most at work at once
+CROWD_S = 1.5  # seconds for which so many are
 
 
 def config_of(prompts: int = PROMPTS, **changes) -> RunConfig:
@@ -68,15 +69,25 @@ class Training:
         records = [next(self.steps) for _ in range(timed)]
         return (time.perf_counter() - begin) / timed, records
 
+    def trained(self, load_s: float) -> tuple[float, float]:
+        """Tokens of a step, and seconds of a core in it without its sampling and its `load_s`."""
+        sampled, collect = [], self.trainer.rollouts.collect
+        self.trainer.rollouts.collect = lambda step: _timed(sampled, collect, step)
+        begin = time.process_time()
+        record = next(self.steps)
+        seconds = time.process_time() - begin - sampled[0] - load_s
+        self.trainer.rollouts.collect = collect
+        return record.metrics["tokens/batch"], seconds
+
+
+def _timed(seconds: list[float], work, *given):
+    begin = time.process_time()
+    found = work(*given)
+    seconds.append(time.process_time() - begin)
+    return found
+
 
 # ── costs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _helper(pipe) -> None:
-    """Another process: samples when it is told to, and says how long it took."""
-    work = _Sampling()
-    while (prompts := pipe.recv()) is not None:
-        pipe.send(work.seconds(prompts)[0])
 
 
 class _Sampling:
@@ -87,11 +98,35 @@ class _Sampling:
 
         self.sampler, self.step = sampler_of(config_of(), 1), 10**5
 
-    def seconds(self, prompts: int) -> tuple[float, list]:
+    def groups(self, prompts: int) -> tuple[float, list]:
+        """Seconds of a core, and what was sampled."""
         self.step += 1
-        chosen, begin = self.sampler.stream.take(prompts), time.perf_counter()
+        chosen, begin = self.sampler.stream.take(prompts), time.process_time()
         groups = self.sampler.groups(chosen, self.step)
-        return time.perf_counter() - begin, groups
+        return time.process_time() - begin, groups
+
+
+class _Turns:
+    """A run in turn, for so many seconds: what all kinds of work amount to, at once and one after another."""
+
+    def __init__(self):
+        self.run = Training(config_of())
+        self.run.take(WARM, 1)
+
+    def steps(self, seconds: float) -> np.ndarray:
+        """Steps, seconds of a core, seconds."""
+        count, begin, computed = 0, time.perf_counter(), time.process_time()
+        while time.perf_counter() - begin < seconds:
+            next(self.run.steps)
+            count += 1
+        return np.array([count, time.process_time() - computed, time.perf_counter() - begin])
+
+
+def _helper(pipe) -> None:
+    """Another process: does such a run for as long as it is told to."""
+    work = _Turns()
+    while (seconds := pipe.recv()) is not None:
+        pipe.send(work.steps(seconds))
 
 
 class Echo:
@@ -113,70 +148,74 @@ class Meter:
         import ray
 
         self.ray, self.echo = ray, ray.remote(Echo).options(num_cpus=0).remote()
-        self.calls, self.fetches = [], []
         context = multiprocessing.get_context("spawn")
-        self.work, self.others = _Sampling(), []
+        self.work, self.turns, self.others = _Sampling(), _Turns(), []
         for _ in range(PROCESSES - 1):
             ours, theirs = context.Pipe()
             process = context.Process(target=_helper, args=(theirs,), daemon=True)
             process.start()
             self.others.append((process, ours))
         self.probes = {size: Training(config_of(size)) for size in (PROMPTS // 2, PROMPTS * 3 // 2)}
-        self.samples, self.trained, self.loads, self.hands = [], [], [], []
+        self.samples, self.trained, self.loads, self.hands, self.calls, self.fetches = [], [], [], [], [], []
         self.lengths: list[list[int]] = []
-        self.crowds: list[list[float]] = [[] for _ in range(PROCESSES)]
+        self.crowds = np.zeros((PROCESSES, 3))  # of one, two, … at once: steps, seconds of a core, seconds
 
     def measure(self) -> None:
         from keel.training.transfer import as_arrays, dumps, loads
 
         for size in (4, 12, 24):
-            seconds, groups = self.work.seconds(size)
+            seconds, groups = self.work.groups(size)
             tokens = [[len(c.token_ids) for c in group.completions] for group in groups]
             self.lengths += tokens
             self.samples.append((1.0, max(map(max, tokens)), sum(map(sum, tokens)), seconds))
         data, weights = dumps(groups), self.work.sampler.policy.weights()
-        self.hands.append(_seconds(lambda: loads(dumps(groups))) / sum(map(len, tokens)))
-        self.loads.append(_seconds(lambda: self.work.sampler.engine.load(weights, 0)))
+        self.hands.append(_computed(lambda: loads(dumps(groups))) / sum(map(len, tokens)))
+        self.loads.append(_computed(lambda: self.work.sampler.engine.load(weights, 0)))
         for _ in range(5):
             self.calls.append(_seconds(lambda: self.ray.get(self.echo.call.remote(data))))
             self.fetches.append(_seconds(lambda: self.ray.get(self.echo.fetch.remote([self.ray.put(as_arrays(weights))]))))
         for probe in self.probes.values():
-            probe.take(1, 1)
-            _, records = probe.take(0, 4)
-            for record in records:
-                told = record.metrics
-                self.trained.append((1.0, told["tokens/batch"], told["time/step_s"] - told["time/rollout_s"] - self.loads[-1]))
+            self.trained += [(1.0, *probe.trained(self.loads[-1])) for _ in range(4)]
         for crowd in range(1, PROCESSES + 1):
-            self.crowds[crowd - 1].append(self._together(crowd))
+            self.crowds[crowd - 1] += self._together(crowd)
 
-    def _together(self, crowd: int) -> float:
-        """Seconds of the slowest of so many processes that sample at once, the same amount each."""
-        for _, pipe in self.others[: crowd - 1]:
-            pipe.send(PROMPTS)
-        mine = self.work.seconds(PROMPTS)[0]
-        return float(np.mean([mine, *(pipe.recv() for _, pipe in self.others[: crowd - 1])]))
+    def _together(self, crowd: int) -> np.ndarray:
+        """What so many processes did that were at work at once."""
+        others = [pipe for _, pipe in self.others[: crowd - 1]]
+        for pipe in others:
+            pipe.send(CROWD_S)
+        return sum([self.turns.steps(CROWD_S), *(pipe.recv() for pipe in others)])
 
-    def costs(self) -> tuple[Costs, tuple[float, ...]]:
-        """Costs over all rounds, and the slowdown of crowds; `cluster` are the costs with calls of Ray's."""
+    def costs(self) -> tuple[Costs, dict[str, float]]:
+        """Costs over all rounds, and how the machine is shared; `cluster` are the costs with calls of Ray's."""
         part_s, round_s, token_s = _fit(self.samples)
         step_s, train_s = _fit(self.trained)
         found = Costs(part_s, round_s, token_s, mean(self.loads), mean(self.hands), step_s, train_s)
         self.cluster = replace(found, part_s=part_s + mean(self.calls), load_s=found.load_s + mean(self.fetches))
-        alone = mean(self.crowds[0])
-        return found, tuple(max(1.0, mean(each) / alone) for each in self.crowds)
+        cores = float(len(os.sched_getaffinity(0)))
+        steps, computed, seconds = self.crowds.T
+        crowding = max(1.0, mean(computed[1:] / steps[1:]) / (computed[0] / steps[0]))
+        others = max(0.0, cores * seconds[-1] / computed[-1] - PROCESSES)  # a crowd that fills all cores tells who else is there
+        return found, {"cores": cores, "others": others, "crowding": crowding}
 
     def close(self) -> None:
         for process, pipe in self.others:
             pipe.send(None)
             process.join(10)
-        for probe in self.probes.values():
-            probe.trainer.close()
+        for run in (self.turns.run, *self.probes.values()):
+            run.trainer.close()
 
 
 def _seconds(work) -> float:
     begin = time.perf_counter()
     work()
     return time.perf_counter() - begin
+
+
+def _computed(work) -> float:
+    begin = time.process_time()
+    work()
+    return time.process_time() - begin
 
 
 def _fit(rows: list) -> list[float]:
@@ -190,9 +229,9 @@ def _fit(rows: list) -> list[float]:
 # ── outcomes ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def plan_of(changes: dict, slowdown: tuple[float, ...]) -> Plan:
+def plan_of(changes: dict, machine: dict[str, float]) -> Plan:
     workers = changes.get("cluster.rollout_workers", 1)
-    return Plan(PROMPTS, GROUP, bound=changes.get("train.max_staleness", 0), workers=workers, slowdown=slowdown)
+    return Plan(PROMPTS, GROUP, bound=changes.get("train.max_staleness", 0), workers=workers, **machine)
 
 
 def compare(rounds: int) -> dict:
@@ -231,17 +270,17 @@ def compare(rounds: int) -> dict:
 
 def told_of(meter: Meter, seconds: dict[str, list[float]]) -> dict:
     """Predictions from all costs so far beside the means of all outcomes so far."""
-    costs, slowdown = meter.costs()
+    costs, machine = meter.costs()
     table = {}
     for name, changes in RUNS.items():
-        told = simulate(plan_of(changes, slowdown), meter.cluster if "cluster.ray" in changes else costs, meter.lengths)
+        told = simulate(plan_of(changes, machine), meter.cluster if "cluster.ray" in changes else costs, meter.lengths)
         found = mean(seconds[name])
         table[name] = {"predicted_s": told.step_s, "measured_s": found, "error": told.step_s / found - 1, "all_s": seconds[name]}
         table[name] |= {"forecast": asdict(told) | {"bottleneck": told.bottleneck}}
     lengths = [length for group in meter.lengths for length in group]
     return {
-        "rounds": len(meter.loads), "load": os.getloadavg(), "cores": os.cpu_count(), "costs": asdict(costs),
-        "costs_on_ray": asdict(meter.cluster), "slowdown": slowdown,
+        "rounds": len(meter.loads), "load": os.getloadavg(), "costs": asdict(costs),
+        "costs_on_ray": asdict(meter.cluster), "machine": machine,
         "length": {"mean": float(np.mean(lengths)), "p99": float(np.percentile(lengths, 99))}, "runs": table,
     }  # fmt: skip
 

@@ -38,9 +38,13 @@ def test_workers_and_trainers_divide_tokens_but_not_the_longest_completion():
 
 
 def test_a_crowd_slows_whoever_is_at_work():
-    alone, crowd = (simulate(Plan(32, 8, bound=2, slowdown=s), COSTS, ALIKE).step_s for s in ((1.0, 1.0), (1.0, 2.0)))
-    turn = simulate(Plan(32, 8, slowdown=(1.0, 2.0)), COSTS, ALIKE).step_s
+    alone, crowd = (simulate(Plan(32, 8, bound=2, cores=float(cores)), COSTS, ALIKE).step_s for cores in (2, 1))
+    turn = simulate(Plan(32, 8, cores=1.0), COSTS, ALIKE).step_s
     assert alone < crowd and crowd == pytest.approx(turn, rel=0.02)  # two that share one core gain nothing from each other
+    assert simulate(Plan(32, 8, cores=2.0, others=3.0), COSTS, ALIKE).step_s == pytest.approx(2 * turn)  # half of a core is left
+    assert [Plan(1, 1, cores=2.0, others=0.5, crowding=1.1).slowdown(busy) for busy in (1, 2, 3)] == pytest.approx(
+        [1, 1.375, 1.925]
+    )
 
 
 def test_bytes_of_a_step():

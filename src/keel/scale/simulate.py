@@ -1,7 +1,7 @@
 """A run as a few queues: workers sample parts of batches, trainers learn from whole ones, the bound on staleness ties them.
 
-Time goes from event to event; in between, every process that has work does it at the speed that so many at once have. Lengths of
-completions are drawn from measured groups, so that the longest one of a part, for which its worker waits, is as long as in truth.
+Time goes from event to event; in between, every process that has work does it, at the share of a core that so many at once have.
+Lengths of completions are drawn from measured groups, so that the longest one of a part, for which its worker waits, is a true one.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+INFINITE = float("inf")
+
 UNTIL_STEADY = 10  # batches that are simulated and not counted
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of work, each of one process with its machine to itself.
+    """Seconds of a core, each of one process with its machine to itself: what it computes, not what it waits.
 
     Args:
         part_s: of a part of a batch, whatever its size: the call, the prompts, fetching and grading what is small.
@@ -48,8 +50,9 @@ class Plan:
         bound: versions by which a batch may be stale at its last update; `updates` − 1 is sampling in turn.
         workers: that sample; parts of a batch.
         trainers: among which a step's tokens are divided.
-        slowdown: [k − 1] = by how much k processes at once are slower than one alone; the last one holds for more. A machine for
-            each process is (1.0,).
+        cores: that all these processes share; infinitely many are a machine for each.
+        others: processes of strangers that want a core at any time, on average.
+        crowding: by how much work takes longer where more than one process is at it: memory and caches are shared too.
     """
 
     prompts: int
@@ -58,7 +61,13 @@ class Plan:
     bound: int = 0
     workers: int = 1
     trainers: int = 1
-    slowdown: tuple[float, ...] = (1.0,)
+    cores: float = INFINITE
+    others: float = 0.0
+    crowding: float = 1.0
+
+    def slowdown(self, busy: int) -> float:
+        """Seconds that a second of work takes while so many processes are at work."""
+        return max(1.0, (busy + self.others) / self.cores) * (self.crowding if busy > 1 else 1.0)
 
 
 @dataclass(frozen=True)
@@ -137,7 +146,7 @@ class _Run:
     def advance(self) -> None:
         """Until the next piece of work ends."""
         busy = [process for process in (self.trainer, *self.workers) if process.left]
-        slow = self.plan.slowdown[min(len(busy), len(self.plan.slowdown)) - 1]
+        slow = self.plan.slowdown(len(busy))
         work = min(process.left[0][1] for process in busy)
         self.now += work * slow
         for process in busy:
