@@ -12,6 +12,7 @@ SHORT = {  # flags that stand for a setting with a longer name
     "--engine": "engine.name",
     "--ray": "cluster.ray",
     "--rollout-workers": "cluster.rollout_workers",
+    "--train-workers": "cluster.train_workers",
 }
 
 

@@ -104,10 +104,21 @@ def _refuse_no_room_ahead(config: RunConfig) -> None:
 
 
 def _refuse_workers_nowhere(config: RunConfig) -> None:
-    if config.cluster.rollout_workers > 1 and not config.cluster.ray:
+    cluster = config.cluster
+    if not cluster.ray and (cluster.rollout_workers > 1 or cluster.train_workers > 0):
+        name = "rollout_workers" if cluster.rollout_workers > 1 else "train_workers"
         raise KeelError(
-            f"cluster.rollout_workers is {config.cluster.rollout_workers} without cluster.ray. Expected a Ray cluster for them: "
-            "--ray auto on a machine of it, or --ray HOST:PORT. Without one, train.max_staleness starts one worker on this machine."
+            f"cluster.{name} is {getattr(cluster, name)} without cluster.ray. Expected a Ray cluster for them: --ray auto on a "
+            "machine of it, or --ray HOST:PORT. Without one, train.max_staleness starts one rollout worker on this machine, and "
+            "torchrun starts several trainers."
+        )
+
+
+def _refuse_trainers_of_a_client(config: RunConfig) -> None:
+    if config.cluster.train_workers > 0 and config.cluster.ray.startswith("ray://"):
+        raise KeelError(
+            f"--train-workers came with --ray {config.cluster.ray}: through a client's connection trainers cannot reach the "
+            "process that starts them. Expected a machine of the cluster: start keel on one, with --ray auto."
         )
 
 
@@ -138,6 +149,7 @@ def _refuse_parallel_ahead(config: RunConfig) -> None:
 
 REFUSALS = (
     _refuse_workers_nowhere,
+    _refuse_trainers_of_a_client,
     _refuse_lone_completions,
     _refuse_no_room_ahead,
     _refuse_idle_corrections,

@@ -12,10 +12,11 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
+from keel.config import RunConfig
 from keel.errors import KeelError
 
 CONNECT_S = 60.0  # for a cluster to answer
@@ -54,7 +55,8 @@ def check_listens(address: str) -> None:
     Raises:
         KeelError: Ray is missing, or nothing listens at host:port.
     """
-    package()
+    if package().is_initialized():
+        return
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdigit():
         return
@@ -87,6 +89,12 @@ def _check_answers(address: str) -> None:
         )
     except subprocess.TimeoutExpired:
         raise KeelError(f"No Ray cluster answered at {address!r} within {CONNECT_S:.0f} s. " + _what_to_do()) from None
+    if len(found := re.findall(r"Ray: (\S+)\s+Python: (\S+)", tried.stderr)) >= 2:
+        there, here = (f"Ray {ray} and Python {python}" for ray, python in found[:2])
+        raise KeelError(
+            f"The Ray cluster at {address!r} has {there}, and this process has {here}. Expected the same on both: install the "
+            "cluster's versions here, or start the cluster anew from this environment."
+        )
     if tried.returncode:
         raise KeelError(f"There is no Ray cluster to be used at {address!r}: {_first_fault(tried.stderr)}. " + _what_to_do())
 
@@ -121,6 +129,48 @@ def signals_kept() -> Iterator[None]:
 def versions() -> dict[str, str]:
     """Of what must be the same on all machines, here."""
     return {name: _version(name) for name in SAME}
+
+
+def check_versions(expected: Mapping[str, str]) -> None:
+    """See that a process here has what another one of its run has.
+
+    Raises:
+        KeelError: it has not.
+    """
+    found = versions()
+    for name, ours in expected.items():
+        if found[name] != ours:
+            raise KeelError(
+                f"it has {name} {found[name]}, and the process that started it has {ours}. Expected the same on both: all "
+                "processes of a run have one policy. Install the same packages on all machines, and start the cluster anew."
+            )
+
+
+def worker_needs(config: RunConfig) -> dict[str, int]:
+    """What a rollout worker asks of the cluster."""
+    return {"num_cpus": config.engine.threads or 1, "num_gpus": int(config.train.device.startswith("cuda"))}
+
+
+def trainer_needs(config: RunConfig) -> dict[str, int]:
+    """What a trainer asks of the cluster."""
+    return {"num_cpus": config.train.threads or 1, "num_gpus": int(config.train.device.startswith("cuda"))}
+
+
+def check_room(ray: ModuleType, config: RunConfig) -> None:
+    """See that the cluster can hold all processes of a run, when nobody else is there.
+
+    Raises:
+        KeelError: it never can.
+    """
+    cluster, held = config.cluster, ray.cluster_resources()
+    who = f"{cluster.rollout_workers} rollout workers" + (f" and {cluster.train_workers} trainers" if cluster.train_workers else "")
+    for name, key in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
+        need = worker_needs(config)[key] * cluster.rollout_workers + trainer_needs(config)[key] * cluster.train_workers
+        if need > held.get(name, 0):
+            raise KeelError(
+                f"{who} need {need} {name}, and the Ray cluster has {held.get(name, 0):g}. Expected room for all: lower "
+                "--rollout-workers, --train-workers, engine.threads or train.threads, or add machines."
+            )
 
 
 def _version(name: str) -> str:

@@ -27,7 +27,6 @@ ELSEWHERE = {
     "max_tokens": "sampling.max_completion_tokens",
     "max_completion_length": "sampling.max_completion_tokens",
     "max_steps": "steps",
-    "train_workers": "train.parallel",
     "output_dir": "out",
     "algorithm": "recipe",
     "dataset": "task",

@@ -19,7 +19,7 @@ FLOORS = [  # a room may import from its own floor and from those above it in th
     {"manifest", "run_folder"},
     {"parts"},
     {"held_out"},
-    {"run"},
+    {"run", "ray_trainers"},
     {"audit", "gap", "grade", "lab", "doctor", "integrations"},
     {"report"},
     {"arguments", "papers", "commands", "cli", "__init__", "__main__"},

@@ -1,4 +1,4 @@
-"""A Ray cluster of this machine, of one test session alone: two CPUs, on loopback, gone with the one that started it."""
+"""A Ray cluster of one test session alone, on loopback: as if it had three CPUs, and gone with the one that started it."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ os.environ |= {  # read when Ray is imported: loopback alone, a key of this proc
     "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": uuid.uuid4().hex,
     "RAY_USAGE_STATS_ENABLED": "0",
+    "GLOO_SOCKET_IFNAME": "lo",
 }
 
 HEAD = """
 import json, sys, time, ray
-at = ray.init("local", num_cpus=2, object_store_memory=80 * 2**20, include_dashboard=False, log_to_driver=False,
+at = ray.init("local", num_cpus=3, object_store_memory=80 * 2**20, include_dashboard=False, log_to_driver=False,
               logging_level="ERROR", _temp_dir=sys.argv[1])
 print(at.address_info["address"], flush=True)
 hold, held = ray.remote(lambda: time.sleep(600)), []
 for line in sys.stdin:
     if line.strip() == "hold":
-        held = [hold.options(num_cpus=1).remote() for _ in range(2)]
+        held = [hold.options(num_cpus=1).remote() for _ in range(3)]
         while ray.available_resources().get("CPU", 0) >= 1:
             time.sleep(0.1)
     elif line.strip() == "free":
@@ -86,13 +87,16 @@ def until(done, seconds=60.0):
         time.sleep(0.1)
 
 
-def actors_of(cluster: Cluster) -> list[int]:
-    """Process ids of the rollout workers on a cluster."""
+WORKER, TRAINER = "ray::RolloutWorker", "ray::train_rank"  # what Ray calls these processes, whatever they do
+
+
+def at_work(cluster: Cluster, *titles: str) -> list[int]:
+    """Process ids of the rollout workers (or of what is asked for) on a cluster."""
     found = []
     for place in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, IndexError):
             title = (place / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
             parent = (place / "stat").read_text().rpartition(")")[2].split()[1]
-            if title.startswith("ray::RolloutWorker") and cluster.place in Path(f"/proc/{parent}/cmdline").read_text():
+            if title.startswith(titles or WORKER) and cluster.place in Path(f"/proc/{parent}/cmdline").read_text():
                 found.append(int(place.name))
     return found

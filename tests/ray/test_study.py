@@ -1,4 +1,4 @@
-"""Studies on a real Ray cluster: one machine, two CPUs, of this test file alone and on loopback.
+"""Studies on a real Ray cluster: one machine, of these tests alone and on loopback.
 
 What runs there equals what runs here, whoever is killed; a study that is stopped takes its own tasks with it and nothing else.
 """
@@ -80,7 +80,7 @@ def test_it_waits_for_a_cpu_and_ctrl_c_saves_what_runs_and_leaves_the_cluster(tm
 
     def say(text: str) -> None:
         said.append(text)
-        if text.startswith("Waiting: a run needs 1 CPU, and 0 of the Ray cluster's 2 are free"):
+        if text.startswith("Waiting: a run needs 1 CPU, and 0 of the Ray cluster's 3 are free"):
             cluster.ask("free")
 
     def interrupt() -> None:
@@ -97,7 +97,7 @@ def test_it_waits_for_a_cpu_and_ctrl_c_saves_what_runs_and_leaves_the_cluster(tm
     rows = measured(job.out)
     assert not job.done and rows[-1]["step"] < 5000
     assert list((job.out / "checkpoints").glob(f"*{rows[-1]['step']}*"))  # saved at the step that it stopped after
-    until(lambda: cluster.ask("how are you") == 2)
+    until(lambda: cluster.ask("how are you") == 3)
 
 
 def test_a_machine_that_does_not_see_the_folder_is_named(tmp_path, cluster, monkeypatch):

@@ -224,6 +224,7 @@ def test_the_toml_of_a_config_says_nothing_of_settings_that_are_none():
     ("settings", "said"),
     [
         ({"cluster.rollout_workers": 2}, "Expected a Ray cluster for them: --ray auto"),
+        ({"cluster.train_workers": 2}, "Expected a Ray cluster for them: --ray auto"),
         ({"cluster.ray": "auto", "train.partial_rollouts": True}, "take new weights between completions"),
         ({"cluster.ray": "auto", "train.curriculum": "pass_rate"}, "keeps its own place in the data"),
         ({"cluster.ray": "auto", "engine.sync_every": 2}, "cluster.ray is 'auto'. Expected one of them"),
@@ -237,7 +238,10 @@ def test_workers_on_a_cluster_have_short_flags():
     from keel.arguments import parser_of, read
 
     parser = parser_of("train", test_workers_on_a_cluster_have_short_flags, settings=True)
-    _, overrides = read(parser, ["--ray", "127.0.0.1:6379", "--rollout-workers", "4"])
+    _, overrides = read(parser, ["--ray", "127.0.0.1:6379", "--rollout-workers", "4", "--train-workers", "2"])
     config = RunConfig(**nested(overrides))
-    assert config.samples_apart and (config.cluster.ray, config.cluster.rollout_workers) == ("127.0.0.1:6379", 4)
+    cluster = config.cluster
+    assert config.samples_apart and (cluster.ray, cluster.rollout_workers, cluster.train_workers) == ("127.0.0.1:6379", 4, 2)
+    assert config.train.parallel == "none" and config.resolved().train.parallel == "fsdp"
+    assert config.replaced({"cluster.train_workers": 1}).resolved().train.parallel == "none"
     assert not RunConfig().samples_apart and RunConfig(train={"max_staleness": 1}).samples_apart

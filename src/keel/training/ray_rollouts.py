@@ -2,7 +2,7 @@
 
 A batch's prompts are cut into as many parts as there are workers; whoever is free takes the oldest part, with the newest weights.
 Batches are used in the order in which they were asked for, whole. Draws are keyed by step and prompt, so who samples what changes
-nothing. A worker that dies is replaced and its part given out once more; prompts that cost two workers end the run, since they
+nothing. A worker that dies is replaced and its part given out once more; prompts that cost three workers end the run, since they
 would cost every other one too, and to leave them out would bend the data without a sign.
 """
 
@@ -23,14 +23,15 @@ from torch import Tensor
 
 from keel.config import RunConfig
 from keel.errors import KeelError
-from keel.ray_cluster import connected, in_a_line, signals_kept, versions
+from keel.ray_cluster import check_room, connected, in_a_line, signals_kept, versions, worker_needs
 from keel.training.buffer import Collected, Filling, PromptStream
 from keel.training.ray_worker import Part, RolloutWorker
 from keel.training.transfer import as_arrays, dumps, loads
 from keel.training.window import Window
 from keel.types import Group, Prompt
 
-FALSE_STARTS = 3  # workers that die before they have begun, one after another, until it is given up
+LOSSES = 3  # workers that die on the same prompts, one after another, until it is given up
+FALSE_STARTS = 5  # workers that die before they have begun, one after another, until it is given up
 END_S = 5.0  # for the thread that speaks with the workers to end
 
 
@@ -172,14 +173,7 @@ class Crew:
         Raises:
             KeelError: the cluster can never hold them.
         """
-        wanted, held = self._needs(), self.ray.cluster_resources()
-        for name, key in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
-            need = wanted[key] * self.config.cluster.rollout_workers
-            if need > held.get(name, 0):
-                raise KeelError(
-                    f"{self.config.cluster.rollout_workers} rollout workers need {need} {name}, and the Ray cluster has "
-                    f"{held.get(name, 0):g}. Expected room for all: lower --rollout-workers or engine.threads, or add machines."
-                )
+        check_room(self.ray, self.config)
         for _ in range(self.config.cluster.rollout_workers):
             self._hire()
         self.thread.start()
@@ -262,10 +256,10 @@ class Crew:
                 )
         if piece is not None:
             piece.losses += 1
-            if piece.losses > 1:
+            if piece.losses >= LOSSES:
                 raise KeelError(
-                    f"Two rollout workers died one after the other on the same {len(piece.prompts)} prompts, the first of them "
-                    f"{piece.prompts[0].id!r}; the last one: {why} Expected a second worker to do better than the first: if they "
+                    f"{LOSSES} rollout workers died one after another on the same {len(piece.prompts)} prompts, the first of them "
+                    f"{piece.prompts[0].id!r}; the last one: {why} Expected another worker to do better than the first: if they "
                     "were killed for memory, lower engine.kv_cache_gb, train.group_size or sampling.max_completion_tokens. Nothing "
                     "that was saved is lost: go on with `keel train --resume`."
                 )
@@ -276,15 +270,12 @@ class Crew:
     # ── asking and giving ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def _hire(self) -> None:
-        actor = self.ray.remote(RolloutWorker).options(max_restarts=0, max_task_retries=0, **self._needs()).remote()
+        needs = worker_needs(self.config)
+        actor = self.ray.remote(RolloutWorker).options(max_restarts=0, max_task_retries=0, **needs).remote()
         worker = Worker(actor)
         self.workers.append(worker)
-        settings = self.config.replaced({"train.device": "cuda"}) if self._needs()["num_gpus"] else self.config
+        settings = self.config.replaced({"train.device": "cuda"}) if needs["num_gpus"] else self.config
         self._call(worker, actor.begin, settings.model_dump(mode="json"), versions(), os.getcwd())
-
-    def _needs(self) -> dict[str, int]:
-        """What a worker asks of the cluster."""
-        return {"num_cpus": self.config.engine.threads or 1, "num_gpus": int(self.config.train.device.startswith("cuda"))}
 
     def _call(self, worker: Worker, method: Any, *given: Any) -> None:
         def heard(future: Any) -> None:

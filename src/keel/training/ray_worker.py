@@ -14,8 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from keel.errors import KeelError
-from keel.ray_cluster import versions
+from keel.ray_cluster import check_versions
 from keel.training.transfer import dumps, from_arrays, loads
 from keel.types import Group
 
@@ -61,7 +63,7 @@ class RolloutWorker:
         getattr(self.sampler.engine, "close", lambda: None)()
 
     def _begin(self, settings: dict[str, Any], expected: Mapping[str, str], folder: str) -> int:
-        _check_versions(expected, versions())
+        check_versions(expected)
         if os.path.isdir(folder):
             os.chdir(folder)
             sys.path.insert(0, folder)  # as the command line has it, for plugins
@@ -84,18 +86,20 @@ class RolloutWorker:
         return dumps(Part(groups, time.perf_counter() - begin, self.sampler.spent()))
 
 
-def _check_versions(expected: Mapping[str, str], found: Mapping[str, str]) -> None:
-    for name, ours in expected.items():
-        if found[name] != ours:
-            raise KeelError(
-                f"it has {name} {found[name]}, and the trainer has {ours}. Expected the same on both: a rollout worker samples "
-                "from the very policy that is trained. Install the same packages on all machines of the cluster, and start it anew."
-            )
-
-
 def _told(work: Any) -> tuple[str, Any]:
     try:
         return work()
     except Exception as error:  # whatever it was, the trainer must hear of it
-        said = str(error) if isinstance(error, KeelError) else traceback.format_exc()
-        return "failed", f"on {socket.gethostname()}: {said}"
+        return "failed", f"on {socket.gethostname()}: {_said(error)}"
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, KeelError):
+        return str(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return (
+            f"out of memory ({str(error).splitlines()[-1] if str(error) else type(error).__name__}). Expected room for one more "
+            "model and its completions: lower engine.kv_cache_gb, train.group_size or sampling.max_completion_tokens, or give each "
+            "worker a machine with more memory. Nothing that was saved is lost: go on with `keel train --resume`."
+        )
+    return traceback.format_exc()
