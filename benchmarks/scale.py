@@ -15,6 +15,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import random
 import sys
 import time
 import uuid
@@ -31,7 +32,7 @@ from keel.scale.traffic import broadcast_s, traffic
 
 HERE = Path(__file__).parent
 PROMPTS, GROUP = 16, 8
-WARM, TIMED = 3, 6  # steps of a turn: those that use up what was sampled while others had theirs, and those that count
+WARM, TIMED = 3, 20  # steps of a turn: those that use up what was sampled while others had theirs, and those that count
 RUNS = {
     "in turn": {},
     "ahead, staleness 2": {"train.max_staleness": 2},
@@ -255,7 +256,7 @@ def compare(rounds: int) -> dict:
             list(together.map(lambda run: run.trainer.rollouts, runs.values()))
         for number in range(rounds):
             meter.measure()
-            for name, run in runs.items():
+            for name, run in random.Random(number).sample(list(runs.items()), len(runs)):
                 seconds[name].append(run.take(WARM, TIMED)[0])
             found = told_of(meter, seconds)
             told = ", ".join(f"{row['predicted_s']:.3f} {row['measured_s']:.3f}" for row in found["runs"].values())
@@ -273,7 +274,8 @@ def told_of(meter: Meter, seconds: dict[str, list[float]]) -> dict:
     costs, machine = meter.costs()
     table = {}
     for name, changes in RUNS.items():
-        told = simulate(plan_of(changes, machine), meter.cluster if "cluster.ray" in changes else costs, meter.lengths)
+        apart = meter.cluster if "cluster.ray" in changes else costs
+        told = simulate(plan_of(changes, machine), apart if changes else replace(costs, hand_s=0.0), meter.lengths)
         found = mean(seconds[name])
         table[name] = {"predicted_s": told.step_s, "measured_s": found, "error": told.step_s / found - 1, "all_s": seconds[name]}
         table[name] |= {"forecast": asdict(told) | {"bottleneck": told.bottleneck}}
