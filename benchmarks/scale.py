@@ -23,11 +23,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import numpy as np
 
 from keel.config import RunConfig
-from keel.scale.simulate import Costs, Forecast, Plan, simulate
+from keel.scale.simulate import RAY_WORKER, Costs, Forecast, Plan, simulate
 from keel.scale.traffic import broadcast_s, traffic
 
 HERE = Path(__file__).parent
@@ -187,17 +188,16 @@ class Meter:
             pipe.send(CROWD_S)
         return sum([self.turns.steps(CROWD_S), *(pipe.recv() for pipe in others)])
 
-    def costs(self) -> tuple[Costs, dict[str, float]]:
+    def costs(self) -> tuple[Costs, dict[str, Any]]:
         """Costs over all rounds, and how the machine is shared; `cluster` are the costs with calls of Ray's."""
         part_s, round_s, token_s = _fit(self.samples)
         step_s, train_s = _fit(self.trained)
         found = Costs(part_s, round_s, token_s, mean(self.loads), mean(self.hands), step_s, train_s)
         self.cluster = replace(found, part_s=part_s + mean(self.calls), load_s=found.load_s + mean(self.fetches))
-        cores = float(len(os.sched_getaffinity(0)))
         steps, computed, seconds = self.crowds.T
         crowding = max(1.0, mean(computed[1:] / steps[1:]) / (computed[0] / steps[0]))
-        others = max(0.0, cores * seconds[-1] / computed[-1] - PROCESSES)  # a crowd that fills all cores tells who else is there
-        return found, {"cores": cores, "others": others, "crowding": crowding}
+        cores = tuple(float(share) for share in computed / seconds * np.arange(1, PROCESSES + 1))
+        return found, {"cores": cores, "crowding": crowding}
 
     def close(self) -> None:
         for process, pipe in self.others:
@@ -230,9 +230,10 @@ def _fit(rows: list) -> list[float]:
 # ── outcomes ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def plan_of(changes: dict, machine: dict[str, float]) -> Plan:
+def plan_of(changes: dict, machine: dict[str, Any]) -> Plan:
     workers = changes.get("cluster.rollout_workers", 1)
-    return Plan(PROMPTS, GROUP, bound=changes.get("train.max_staleness", 0), workers=workers, **machine)
+    weight = RAY_WORKER if "cluster.ray" in changes else 1.0
+    return Plan(PROMPTS, GROUP, bound=changes.get("train.max_staleness", 0), workers=workers, worker_weight=weight, **machine)
 
 
 def compare(rounds: int) -> dict:
@@ -294,39 +295,64 @@ FLOPS, HBM = 989e12, 3.35e12  # of an H100, a second: its bf16 peak, bytes of it
 LINK, COPY = 50e9, 5e9  # bytes a second: 400 Gb/s into and out of a machine; from a process to the object store
 USED_DECODING, USED_TRAINING, USED_HBM = 0.5, 0.4, 0.6  # shares of these that are reached: assumptions
 BATCH, SAMPLES, CAP = 512, 16, 16384
+BEST = 160  # workers
+CHANGES = {
+    "nothing else": {},
+    "weights in fp32, as keel sends them from an fp32 trainer": {"weight_bytes": 4},
+    "every trainer puts its own cut of the weights": {"putters": 360},
+    "gradients in bf16": {"gradient_bytes": 2},
+    "both of these": {"putters": 360, "gradient_bytes": 2},
+    "completions of at most 8,192 tokens": {"shorter": True},
+    "all three": {"putters": 360, "gradient_bytes": 2, "shorter": True},
+}
 
 
-def on_paper(workers: int, bound: int, lengths: list[list[int]]) -> tuple[Forecast, dict[str, float]]:
-    """1,000 GPUs with so many rollout workers of PER_WORKER each; the others train. Costs follow from the numbers above."""
+def on_paper(
+    workers: int, bound: int, lengths: list[list[int]], *, putters: int = 1, gradient_bytes: int = 4, weight_bytes: int = 2
+) -> tuple[Forecast, dict[str, float]]:
+    """1,000 GPUs with so many rollout workers of PER_WORKER each; the others train. Costs follow from the numbers above.
+
+    Args:
+        putters: trainers that write weights to the object store, a cut each.
+    """
     trainers, machines = GPUS - workers * PER_WORKER, -(-workers * PER_WORKER // PER_MACHINE)
     tokens = BATCH * sum(map(sum, lengths)) / len(lengths)
-    moved = traffic(PARAMETERS, tokens, machines, trainers)
-    publish = moved.weights / COPY
+    moved = traffic(PARAMETERS, tokens, machines, trainers, weight_bytes=weight_bytes, gradient_bytes=gradient_bytes)
+    put, reduce = moved.weights / (COPY * putters), moved.gradients / (LINK / PER_MACHINE)
     costs = Costs(
         part_s=1.0,
-        round_s=moved.weights / (HBM * USED_HBM * PER_WORKER),
+        round_s=2 * PARAMETERS / (HBM * USED_HBM * PER_WORKER),
         token_s=2 * PARAMETERS / (FLOPS * USED_DECODING * PER_WORKER),
         load_s=broadcast_s(moved.weights, machines, LINK),
         hand_s=0.0,
-        step_s=publish + moved.gradients / (LINK / PER_MACHINE),
+        step_s=put + reduce,
         train_s=8 * PARAMETERS / (FLOPS * USED_TRAINING),  # forward for logp_old, forward and backward
     )
     told = simulate(Plan(BATCH, SAMPLES, bound=bound, workers=workers, trainers=trainers), costs, lengths, batches=60)
-    return told, asdict(moved) | {"load_s": costs.load_s, "publish_s": publish, "tokens": tokens}
+    computing = {"put_s": put, "reduce_s": reduce, "train_s": costs.train_s * tokens / trainers, "load_s": costs.load_s}
+    longest, own = CAP * costs.round_s, tokens / workers * costs.token_s
+    return told, asdict(moved) | computing | {"tokens": tokens, "longest_s": longest, "tokens_of_a_worker_s": own}
 
 
 def print_plan() -> None:
-    """The table of docs/scale.md."""
+    """The tables of docs/scale.md."""
     rng = np.random.default_rng(0)
     spread = rng.lognormal(np.log(2500), 0.8, (4000, 1)) * rng.lognormal(0, 0.5, (4000, SAMPLES))  # prompts differ, and samples
-    lengths = np.minimum(spread, CAP).astype(int).tolist()
+    lengths, shorter = (np.minimum(spread, cap).astype(int).tolist() for cap in (CAP, CAP // 2))
     print("| workers × GPUs | GPUs that train | staleness | step, s | workers busy | trainers busy | bottleneck |")
     print("|---|---|---|---|---|---|---|")
     for workers, bound in [(64, 0), (64, 4), (128, 4), (160, 4), (192, 4), (208, 4), (224, 4), (240, 4)]:
         told, moved = on_paper(workers, bound, lengths)
         busy = f"{told.sampling:.2f} | {told.training:.2f} | {told.bottleneck}"
         print(f"| {workers} × {PER_WORKER} | {GPUS - workers * PER_WORKER} | {bound} | {told.step_s:.0f} | {busy} |")
-    print({name: f"{value:.3g}" for name, value in moved.items()})
+    print({name: f"{value:.3g}" for name, value in on_paper(BEST, 4, lengths)[1].items()})
+    print(f"\n| {BEST} × {PER_WORKER}, staleness 4, and | step, s | best split | step there, s |\n|---|---|---|---|")
+    for name, changes in CHANGES.items():
+        drawn = shorter if "shorter" in changes else lengths
+        kept = {key: value for key, value in changes.items() if key != "shorter"}
+        steps = {workers: on_paper(workers, 4, drawn, **kept)[0].step_s for workers in (BEST, *range(112, 225, 16))}
+        best = min(steps, key=steps.get)
+        print(f"| {name} | {steps[BEST]:.0f} | {best} × {PER_WORKER} | {steps[best]:.0f} |")
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from keel.scale.simulate import Costs, Plan, simulate
+from keel.scale.simulate import RAY_WORKER, Costs, Plan, simulate
 from keel.scale.traffic import TOKEN_BYTES, broadcast_s, traffic
 
 COSTS = Costs(part_s=0.01, round_s=0.002, token_s=1e-5, load_s=0.02, hand_s=1e-4, step_s=0.03, train_s=2e-5)
@@ -38,13 +38,17 @@ def test_workers_and_trainers_divide_tokens_but_not_the_longest_completion():
 
 
 def test_a_crowd_slows_whoever_is_at_work():
-    alone, crowd = (simulate(Plan(32, 8, bound=2, cores=float(cores)), COSTS, ALIKE).step_s for cores in (2, 1))
-    turn = simulate(Plan(32, 8, cores=1.0), COSTS, ALIKE).step_s
+    alone, crowd = (simulate(Plan(32, 8, bound=2, cores=(float(cores),)), COSTS, ALIKE).step_s for cores in (2, 1))
+    turn = simulate(Plan(32, 8, cores=(1.0,)), COSTS, ALIKE).step_s
     assert alone < crowd and crowd == pytest.approx(turn, rel=0.02)  # two that share one core gain nothing from each other
-    assert simulate(Plan(32, 8, cores=2.0, others=3.0), COSTS, ALIKE).step_s == pytest.approx(2 * turn)  # half of a core is left
-    assert [Plan(1, 1, cores=2.0, others=0.5, crowding=1.1).slowdown(busy) for busy in (1, 2, 3)] == pytest.approx(
-        [1, 1.375, 1.925]
-    )
+    assert simulate(Plan(32, 8, cores=(0.5,)), COSTS, ALIKE).step_s == pytest.approx(2 * turn)  # others take half of it
+
+
+def test_shares_of_cores():
+    two = Plan(1, 1, cores=(1.0, 1.5, 2.0), crowding=1.25)
+    assert [sum(two.shares([1.0] * busy)) for busy in (1, 2, 3, 4)] == pytest.approx([1, 1.2, 1.6, 1.6])
+    assert Plan(1, 1, cores=(2.0,)).shares([1.0, RAY_WORKER, RAY_WORKER]) == pytest.approx([1.0, 0.5, 0.5])  # workers give way
+    assert Plan(1, 1).shares([1.0] * 1000) == [1.0] * 1000
 
 
 def test_bytes_of_a_step():

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 INFINITE = float("inf")
+RAY_WORKER = 1.25**-15  # the weight of a process that is 15 times nice, as Ray starts them
 
 UNTIL_STEADY = 10  # batches that are simulated and not counted
 
@@ -50,9 +51,10 @@ class Plan:
         bound: versions by which a batch may be stale at its last update; `updates` − 1 is sampling in turn.
         workers: that sample; parts of a batch.
         trainers: among which a step's tokens are divided.
-        cores: that all these processes share; infinitely many are a machine for each.
-        others: processes of strangers that want a core at any time, on average.
+        cores: [k − 1] = how many of them k processes at work have together, beside what others do there; the last one holds for
+            more. Infinitely many are a machine for each.
         crowding: by how much work takes longer where more than one process is at it: memory and caches are shared too.
+        worker_weight: a worker's claim to a core beside a trainer's, of 1: Ray has its workers give way to others (`RAY_WORKER`).
     """
 
     prompts: int
@@ -61,13 +63,30 @@ class Plan:
     bound: int = 0
     workers: int = 1
     trainers: int = 1
-    cores: float = INFINITE
-    others: float = 0.0
+    cores: tuple[float, ...] = (INFINITE,)
     crowding: float = 1.0
+    worker_weight: float = 1.0
 
-    def slowdown(self, busy: int) -> float:
-        """Seconds that a second of work takes while so many processes are at work."""
-        return max(1.0, (busy + self.others) / self.cores) * (self.crowding if busy > 1 else 1.0)
+    def shares(self, weights: Sequence[float]) -> list[float]:
+        """Of a core, for each process that is at work: none has more than one, and what one leaves goes to the others by their
+        weights.
+        """
+        cores = self.cores[min(len(weights), len(self.cores)) - 1]
+        crowd = self.crowding if len(weights) > 1 else 1.0
+        return [share / crowd for share in _divided(weights, cores)]
+
+
+def _divided(claims: Sequence[float], cores: float) -> list[float]:
+    """Cores by claims, one at most to each."""
+    given, waiting = [0.0] * len(claims), set(range(len(claims)))
+    while waiting:
+        each = cores / sum(claims[i] for i in waiting)
+        full = {i for i in waiting if claims[i] * each >= 1.0}
+        for i in full or waiting:
+            given[i] = 1.0 if full else claims[i] * each
+        cores -= len(full)
+        waiting = waiting - full if full else set()
+    return given
 
 
 @dataclass(frozen=True)
@@ -146,13 +165,13 @@ class _Run:
     def advance(self) -> None:
         """Until the next piece of work ends."""
         busy = [process for process in (self.trainer, *self.workers) if process.left]
-        slow = self.plan.slowdown(len(busy))
-        work = min(process.left[0][1] for process in busy)
-        self.now += work * slow
-        for process in busy:
+        shares = self.plan.shares([1.0 if process is self.trainer else self.plan.worker_weight for process in busy])
+        seconds = min(process.left[0][1] / share for process, share in zip(busy, shares, strict=True))
+        self.now += seconds
+        for process, share in zip(busy, shares, strict=True):
             kind, left = process.left[0]
-            process.spent[kind] = process.spent.get(kind, 0.0) + work * slow
-            process.left[0] = kind, left - work
+            process.spent[kind] = process.spent.get(kind, 0.0) + seconds
+            process.left[0] = kind, left - seconds * share
             while process.left and process.left[0][1] <= 1e-12:
                 process.left.pop(0)
             if not process.left:
