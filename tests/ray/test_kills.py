@@ -14,7 +14,7 @@ from runs import begun, check_whole, resumed, settings_of, step_of
 
 from keel.files import read_jsonl
 
-STEPS = 80  # for each kill
+STEPS = 60  # for each kill
 LATEST = 12.0  # seconds between one and the next, where it goes by the clock: processes load for most of them
 
 
