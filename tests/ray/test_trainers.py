@@ -15,17 +15,17 @@ from keel.config import RunConfig
 from keel.errors import KeelError
 from keel.ray_cluster import versions
 
-FATAL = """
+DEADLY = """
 import os, signal, time
 from dataclasses import replace
 from keel.tasks.task import get_task, register
 
-FATAL = {"killed": lambda: os.kill(os.getpid(), signal.SIGKILL), "slow": lambda: time.sleep(60)}
+DEADLY = {"killed": lambda: os.kill(os.getpid(), signal.SIGKILL), "slow": lambda: time.sleep(60)}
 
-def fatal(variant):
-    return replace(get_task("arithmetic:medium"), name=f"fatal:{variant}", grade=lambda prompt, text: FATAL[variant](), checked=0)
+def deadly(variant):
+    return replace(get_task("arithmetic:medium"), name=f"deadly:{variant}", grade=lambda prompt, text: DEADLY[variant](), checked=0)
 
-register("fatal", fatal)
+register("deadly", deadly)
 """
 
 
@@ -39,23 +39,23 @@ def train(cluster, tmp_path, **changes):
 
 
 @pytest.fixture
-def fatal(tmp_path, monkeypatch):
-    (tmp_path / "fatal_task.py").write_text(FATAL)
+def deadly(tmp_path, monkeypatch):
+    (tmp_path / "deadly_task.py").write_text(DEADLY)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    return lambda variant: {"plugins": ("fatal_task",), "task": f"fatal:{variant}"}
+    return lambda variant: {"plugins": ("deadly_task",), "task": f"deadly:{variant}"}
 
 
-def test_a_trainer_that_no_process_survives_ends_the_run(cluster, tmp_path, fatal, monkeypatch):
+def test_a_trainer_that_no_process_survives_ends_the_run(cluster, tmp_path, deadly, monkeypatch):
     monkeypatch.setattr(ray_trainers, "LOSSES", 2)
     with pytest.raises(KeelError, match="Trainers were lost 2 times after step 0.*Expected them to live.*--train-workers"):
-        train(cluster, tmp_path, **fatal("killed"))
+        train(cluster, tmp_path, **deadly("killed"))
 
 
-def test_a_trainer_that_does_nothing_for_too_long_is_given_up(cluster, tmp_path, fatal):
+def test_a_trainer_that_does_nothing_for_too_long_is_given_up(cluster, tmp_path, deadly):
     patience = {"cluster.start_s": 20.0, "cluster.silence_s": 20.0}
     with pytest.raises(KeelError, match="finished no step within 20 s.*raise cluster.silence_s.*keel train --resume"):
-        train(cluster, tmp_path, **fatal("slow") | patience)
+        train(cluster, tmp_path, **deadly("slow") | patience)
 
 
 def test_what_a_trainer_refuses_is_told(cluster, tmp_path):
