@@ -41,7 +41,7 @@ RUNS = {
     "Ray, 2 workers, staleness 2": {"train.max_staleness": 2, "cluster.ray": "auto", "cluster.rollout_workers": 2},
 }
 PROCESSES = 3  # at most at work at once
-CROWD_S = 1.5  # seconds for which so many are
+CROWD_S = 3.0  # seconds for which so many are
 
 
 def config_of(prompts: int = PROMPTS, **changes) -> RunConfig:
@@ -69,7 +69,7 @@ class Training:
             next(self.steps)
         begin = time.perf_counter()
         records = [next(self.steps) for _ in range(timed)]
-        return (time.perf_counter() - begin) / timed, records
+        return (time.perf_counter() - begin) / max(1, timed), records
 
     def trained(self, load_s: float) -> tuple[float, float]:
         """Tokens of a step, and seconds of a core in it without its sampling and its `load_s`."""
@@ -165,6 +165,7 @@ class Meter:
     def measure(self) -> None:
         from keel.training.transfer import as_arrays, dumps, loads
 
+        self.work.groups(PROMPTS)  # a run has its caches warm
         for size in (4, 12, 24):
             seconds, groups = self.work.groups(size)
             tokens = [[len(c.token_ids) for c in group.completions] for group in groups]
@@ -177,6 +178,7 @@ class Meter:
             self.calls.append(_seconds(lambda: self.ray.get(self.echo.call.remote(data))))
             self.fetches.append(_seconds(lambda: self.ray.get(self.echo.fetch.remote([self.ray.put(as_arrays(weights))]))))
         for probe in self.probes.values():
+            probe.take(2, 0)
             self.trained += [(1.0, *probe.trained(self.loads[-1])) for _ in range(4)]
         for crowd in range(1, PROCESSES + 1):
             self.crowds[crowd - 1] += self._together(crowd)

@@ -53,8 +53,8 @@ def test_a_trainer_that_no_process_survives_ends_the_run(cluster, tmp_path, dead
 
 
 def test_a_trainer_that_does_nothing_for_too_long_is_given_up(cluster, tmp_path, deadly):
-    patience = {"cluster.start_s": 20.0, "cluster.silence_s": 20.0}
-    with pytest.raises(KeelError, match="finished no step within 20 s.*raise cluster.silence_s.*keel train --resume"):
+    patience = {"cluster.start_s": 15.0, "cluster.silence_s": 15.0}
+    with pytest.raises(KeelError, match="finished no step within 15 s.*raise cluster.silence_s.*keel train --resume"):
         train(cluster, tmp_path, **deadly("slow") | patience)
 
 
