@@ -1,7 +1,7 @@
 # make quickstart   set everything up and train the bundled base model on sums (ARGS="--seed 1" adds settings)
 # make test         set everything up and run the tests
 # make test-slow    those that take longer: whole loops, clusters, the doctor on many runs
-# make test-ray     studies and rollout workers on a Ray cluster of this machine (ARGS="-m slow": twenty kills, some minutes more)
+# make test-ray     studies, rollout workers and trainers on a Ray cluster of this machine (ARGS="-m slow": twenty kills in one run)
 # make test-dist    several processes on this machine train one policy (a few minutes at most)
 # make test-vllm    the same for vLLM, in an environment of its own (.venv-vllm): engine laws, faults, short runs
 # make test-peers   what touches TRL, verl, OpenRLHF and verifiers, in an environment of its own (.venv-peers)
