@@ -132,15 +132,16 @@ def _helper(pipe) -> None:
 
 
 class Echo:
-    """An actor that does nothing: what the way there and back costs."""
+    """An actor that does nothing but say how long it has computed: what the way there and back costs."""
 
-    def call(self, data: bytes) -> bytes:
-        return data
+    def call(self, data: bytes) -> tuple[float, bytes]:
+        return time.process_time(), data
 
-    def fetch(self, kept: list) -> None:
+    def fetch(self, kept: list) -> tuple[float]:
         import ray
 
         ray.get(kept[0])
+        return (time.process_time(),)
 
 
 class Meter:
@@ -174,14 +175,19 @@ class Meter:
         data, weights = dumps(groups), self.work.sampler.policy.weights()
         self.hands.append(_computed(lambda: loads(dumps(groups))) / sum(map(len, tokens)))
         self.loads.append(_computed(lambda: self.work.sampler.engine.load(weights, 0)))
-        for _ in range(5):
-            self.calls.append(_seconds(lambda: self.ray.get(self.echo.call.remote(data))))
-            self.fetches.append(_seconds(lambda: self.ray.get(self.echo.fetch.remote([self.ray.put(as_arrays(weights))]))))
+        self.calls.append(self._ways(lambda: self.echo.call.remote(data)))
+        self.fetches.append(self._ways(lambda: self.echo.fetch.remote([self.ray.put(as_arrays(weights))])))
         for probe in self.probes.values():
             probe.take(2, 0)
             self.trained += [(1.0, *probe.trained(self.loads[-1])) for _ in range(4)]
         for crowd in range(1, PROCESSES + 1):
             self.crowds[crowd - 1] += self._together(crowd)
+
+    def _ways(self, send, times: int = 10) -> tuple[float, float]:
+        """Seconds of a core of one way there and back: here, and there."""
+        first, begin = self.ray.get(send())[0], time.process_time()
+        last = [self.ray.get(send())[0] for _ in range(times)][-1]
+        return (time.process_time() - begin) / times, (last - first) / times
 
     def _together(self, crowd: int) -> np.ndarray:
         """What so many processes did that were at work at once."""
@@ -195,7 +201,8 @@ class Meter:
         part_s, round_s, token_s = _fit(self.samples)
         step_s, train_s = _fit(self.trained)
         found = Costs(part_s, round_s, token_s, mean(self.loads), mean(self.hands), step_s, train_s)
-        self.cluster = replace(found, part_s=part_s + mean(self.calls), load_s=found.load_s + mean(self.fetches))
+        (here, there), (putting, fetching) = np.mean(self.calls, 0).tolist(), np.mean(self.fetches, 0).tolist()
+        self.cluster = replace(found, part_s=part_s + there, load_s=found.load_s + fetching, step_s=step_s + here + putting)
         steps, computed, seconds = self.crowds.T
         crowding = max(1.0, mean(computed[1:] / steps[1:]) / (computed[0] / steps[0]))
         cores = tuple(float(share) for share in computed / seconds * np.arange(1, PROCESSES + 1))
@@ -207,12 +214,6 @@ class Meter:
             process.join(10)
         for run in (self.turns.run, *self.probes.values()):
             run.trainer.close()
-
-
-def _seconds(work) -> float:
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
 
 
 def _computed(work) -> float:
