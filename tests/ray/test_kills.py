@@ -61,7 +61,7 @@ def test_whoever_is_killed_the_run_ends_and_no_prompt_is_lost_or_trained_twice(c
 
 def test_a_killed_worker_is_replaced_and_counted(cluster, tmp_path):
     rng = random.Random(0)
-    with begun(cluster, tmp_path / "run", STEPS) as keel:
+    with begun(cluster, tmp_path / "run", 3 * STEPS) as keel:
         try:
             until(lambda: step_of(tmp_path / "run") >= 1, 200)
             for _ in range(2):
@@ -71,7 +71,7 @@ def test_a_killed_worker_is_replaced_and_counted(cluster, tmp_path):
         finally:
             keel.kill()
     assert keel.returncode == 0 and said.count("a rollout worker died and is replaced") == 2, said
-    check_whole(tmp_path / "run", settings_of(cluster, STEPS))
+    check_whole(tmp_path / "run", settings_of(cluster, 3 * STEPS))
     assert [*read_jsonl(tmp_path / "run" / "metrics.jsonl")][-1]["sampling/workers_lost"] == 2
 
 
