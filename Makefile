@@ -1,6 +1,7 @@
 # make quickstart   set everything up and train the bundled base model on sums (ARGS="--seed 1" adds settings)
 # make test         set everything up and run the tests
 # make test-slow    those that take longer: whole loops, clusters, the doctor on many runs
+# make test-ray     studies, rollout workers and trainers on a Ray cluster of this machine (ARGS="-m slow": twenty kills in one run)
 # make test-dist    several processes on this machine train one policy (a few minutes at most)
 # make test-vllm    the same for vLLM, in an environment of its own (.venv-vllm): engine laws, faults, short runs
 # make test-peers   what touches TRL, verl, OpenRLHF and verifiers, in an environment of its own (.venv-peers)
@@ -26,7 +27,7 @@ TESTED  := dev,lora,gguf,data,reasoning-gym,math,judge,report,ray
 # Without compiled files every process takes some seconds longer to begin, and tests and studies begin many.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart test test-slow test-dist test-peers test-vllm study lint format bench proof docs clean
+.PHONY: quickstart test test-slow test-dist test-ray test-peers test-vllm study lint format bench proof docs clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.with-core
@@ -40,6 +41,9 @@ test-slow: $(VENV)/.with-tests
 
 test-dist: $(VENV)/.with-tests
 	@env OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/dist $(ARGS)
+
+test-ray: $(VENV)/.with-tests
+	@env OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ray -m "not slow" $(ARGS)
 
 test-vllm: $(VLLM)/.with-vllm
 	@$(VLLM)/bin/python -m pytest tests/vllm $(ARGS)

@@ -8,6 +8,13 @@ from typing import Any, NoReturn
 
 from keel.errors import KeelError
 
+SHORT = {  # flags that stand for a setting with a longer name
+    "--engine": "engine.name",
+    "--ray": "cluster.ray",
+    "--rollout-workers": "cluster.rollout_workers",
+    "--train-workers": "cluster.train_workers",
+}
+
 
 class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is a KeelError, and --help of a command with settings lists them all."""
@@ -43,8 +50,7 @@ def read(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[argpars
             continue
         if not equals:
             value = queue.pop(0) if queue and not queue[0].startswith("--") else "true"
-        name = "engine.name" if flag == "--engine" else flag[2:].replace("-", "_")
-        overrides[name] = parse_value(value)
+        overrides[SHORT.get(flag, flag[2:].replace("-", "_"))] = parse_value(value)
     return parser.parse_args(rest), overrides
 
 

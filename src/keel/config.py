@@ -85,7 +85,7 @@ class TrainSettings(Section):
         "none", description="of a mixture: R2 = the trainer's experts at the sampling weights, R3 = the engine's own"
     )
     parallel: Literal["none", "ddp", "fsdp"] = Field(
-        "none", description="how the processes of torchrun train one policy: ddp = each has all of it, fsdp = it is cut over them"
+        "none", description="how several processes train one policy: ddp = each has all of it, fsdp = it is cut over them"
     )
     rank_timeout_s: float = Field(1800.0, gt=0, description="seconds that one of these processes waits for another")
     dtype: Literal["fp32", "bf16"] = Field(
@@ -211,6 +211,16 @@ class EngineSettings(Section):
         return self
 
 
+class ClusterSettings(Section):
+    """Where the work is done when one process is not enough: workers on a Ray cluster that is running already."""
+
+    ray: str = Field("", description="the Ray cluster: auto, host:port or ray://host:port; empty = none")
+    rollout_workers: int = Field(1, ge=1, description="processes on it that sample, each with a model and an engine of its own")
+    train_workers: int = Field(0, ge=0, description="processes on it that train one policy; 0 = this process trains")
+    start_s: float = Field(300.0, gt=0, description="seconds within which all of them must have begun")
+    silence_s: float = Field(3600.0, gt=0, description="seconds within which such trainers must end a step, evaluation included")
+
+
 class RunConfig(Section):
     """One run. Construct it by `load_config`, or directly: RunConfig(recipe="solid", train={"lr": 1e-4}).
 
@@ -238,6 +248,7 @@ class RunConfig(Section):
     lora: LoraSettings | None = Field(None, description="train low-rank adapters; none = all weights")
     checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
     record: RecordSettings = Field(default_factory=RecordSettings)
+    cluster: ClusterSettings = Field(default_factory=ClusterSettings)
 
     def __init__(self, **data: Any):
         try:
@@ -275,7 +286,13 @@ class RunConfig(Section):
         chosen, train = self.chosen(), self.train
         dynamic = chosen.dynamic_sampling if train.dynamic_sampling is None else train.dynamic_sampling
         updates = train.updates_per_batch or chosen.updates_per_batch
-        return self.replaced({"train.dynamic_sampling": dynamic, "train.updates_per_batch": updates})
+        parallel = "fsdp" if train.parallel == "none" and self.cluster.train_workers > 1 else train.parallel
+        return self.replaced({"train.dynamic_sampling": dynamic, "train.updates_per_batch": updates, "train.parallel": parallel})
+
+    @property
+    def samples_apart(self) -> bool:
+        """Whether other processes than the trainer's sample."""
+        return self.train.max_staleness > 0 or bool(self.cluster.ray)
 
     def resolved_updates(self) -> int:
         """Optimizer steps of one batch: the setting's, else the recipe's."""

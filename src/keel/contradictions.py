@@ -56,10 +56,10 @@ def _refuse_idle_corrections(config: RunConfig) -> None:
 
 
 def _refuse_stale_twice(config: RunConfig) -> None:
-    if config.engine.sync_every > 1 and config.train.max_staleness > 0:
+    if config.engine.sync_every > 1 and config.samples_apart:
         raise KeelError(
-            f"engine.sync_every is {config.engine.sync_every} and train.max_staleness is {config.train.max_staleness}: both make "
-            "old weights sample. Expected one: sync_every skips syncs while sampling in turn, max_staleness samples ahead."
+            f"engine.sync_every is {config.engine.sync_every}, and {_apart(config)}. Expected one of them: sync_every skips syncs "
+            "of the trainer's own engine, and train.max_staleness is how old the weights of other processes may be."
         )
 
 
@@ -73,6 +73,11 @@ def _refuse_unheard_routing(config: RunConfig) -> None:
 
 
 def _refuse_partial_alone(config: RunConfig) -> None:
+    if config.train.partial_rollouts and config.cluster.ray:
+        raise KeelError(
+            "train.partial_rollouts is true with cluster.ray: workers on a cluster take new weights between completions, not "
+            "within them. Expected one of them: --ray, or one worker that samples ahead (train.max_staleness without --ray)."
+        )
     if config.train.partial_rollouts and (config.train.max_staleness == 0 or config.engine.name != "local"):
         raise KeelError(
             f"train.partial_rollouts is true with train.max_staleness = {config.train.max_staleness} and engine.name = "
@@ -82,11 +87,10 @@ def _refuse_partial_alone(config: RunConfig) -> None:
 
 
 def _refuse_blind_curriculum(config: RunConfig) -> None:
-    if config.train.curriculum != "none" and config.train.max_staleness > 0:
+    if config.train.curriculum != "none" and config.samples_apart:
         raise KeelError(
-            f"train.curriculum is {config.train.curriculum} with train.max_staleness = {config.train.max_staleness}. A worker that "
-            "samples ahead keeps its own place in the data, and what it learned of pass rates would be lost on resuming. Expected "
-            "one of them."
+            f"train.curriculum is {config.train.curriculum}, and {_apart(config)}. Whoever samples ahead keeps its own place in "
+            "the data, and what it learned of pass rates would be lost on resuming. Expected one of them."
         )
 
 
@@ -99,6 +103,32 @@ def _refuse_no_room_ahead(config: RunConfig) -> None:
         )
 
 
+def _refuse_workers_nowhere(config: RunConfig) -> None:
+    cluster = config.cluster
+    if not cluster.ray and (cluster.rollout_workers > 1 or cluster.train_workers > 0):
+        name = "rollout_workers" if cluster.rollout_workers > 1 else "train_workers"
+        raise KeelError(
+            f"cluster.{name} is {getattr(cluster, name)} without cluster.ray. Expected a Ray cluster for them: --ray auto on a "
+            "machine of it, or --ray HOST:PORT. Without one, train.max_staleness starts one rollout worker on this machine, and "
+            "torchrun starts several trainers."
+        )
+
+
+def _refuse_trainers_of_a_client(config: RunConfig) -> None:
+    if config.cluster.train_workers > 0 and config.cluster.ray.startswith("ray://"):
+        raise KeelError(
+            f"--train-workers came with --ray {config.cluster.ray}: through a client's connection trainers cannot reach the "
+            "process that starts them. Expected a machine of the cluster: start keel on one, with --ray auto."
+        )
+
+
+def _apart(config: RunConfig) -> str:
+    """Which setting lets other processes sample."""
+    if config.cluster.ray:
+        return f"cluster.ray is {config.cluster.ray!r}"
+    return f"train.max_staleness is {config.train.max_staleness}"
+
+
 def _refuse_one_card(config: RunConfig) -> None:
     device = config.train.device
     if config.train.parallel != "none" and device.startswith("cuda:"):
@@ -109,15 +139,17 @@ def _refuse_one_card(config: RunConfig) -> None:
 
 
 def _refuse_parallel_ahead(config: RunConfig) -> None:
-    if config.train.parallel != "none" and config.train.max_staleness > 0:
+    if config.train.parallel != "none" and config.train.max_staleness > 0 and not config.cluster.ray:
         raise KeelError(
             f"train.parallel is {config.train.parallel} and train.max_staleness is {config.train.max_staleness}. Several ranks "
             "sample in turn with training, each its share of the prompts; a worker that samples ahead serves one trainer. Expected "
-            "one of them: set train.max_staleness = 0, or train.parallel = none."
+            "one of them: set train.max_staleness = 0, or train.parallel = none; or workers on a cluster, which serve all: --ray."
         )
 
 
 REFUSALS = (
+    _refuse_workers_nowhere,
+    _refuse_trainers_of_a_client,
     _refuse_lone_completions,
     _refuse_no_room_ahead,
     _refuse_idle_corrections,

@@ -13,6 +13,7 @@ from typing import Any
 
 from keel.errors import KeelError
 
+LONGEST_ROW = 1 << 18  # bytes
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -57,6 +58,16 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
         for line in file:
             if line.endswith("\n"):
                 yield json.loads(line)
+
+
+def last_row(path: Path) -> dict[str, Any] | None:
+    """The newest whole row of a file of JSON lines, however long the file; None if there is none."""
+    if not path.is_file():
+        return None
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - LONGEST_ROW))
+        lines = file.read().split(b"\n")
+    return json.loads(lines[-2]) if len(lines) > 1 else None
 
 
 def cut_jsonl(path: Path, step: int) -> None:

@@ -10,6 +10,7 @@ import torch
 from keel.config import RunConfig
 from keel.models.policy import Policy
 from keel.objectives.recipes import Recipe
+from keel.ray_cluster import check_listens
 from keel.rollout.engine import Engine
 from keel.run_folder import RunFolder
 from keel.summary import panel_name
@@ -50,6 +51,8 @@ def assemble(
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     check_writers(config.writers)
+    if config.cluster.ray:
+        check_listens(config.cluster.ray)
     find = find_task or get_task
     task, recipe = find(config.task), config.chosen()
     panel = {panel_name(spec): find(capped(spec)[0]) for spec in config.evaluation.panel}

@@ -4,6 +4,7 @@ around it.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -42,13 +43,13 @@ class Run:
 
     Args:
         folder: everything that it left on disk.
-        policy: the trained policy.
+        policy: the trained policy; None where trainers on a cluster have it (`keel.parts.trained_policy` reads it).
         summary: as in `summary.json`.
         ranks: that trained it; the first one speaks.
     """
 
     folder: RunFolder
-    policy: Policy
+    policy: Policy | None
     summary: dict[str, Any]
     ranks: Ranks = ALONE
 
@@ -84,6 +85,10 @@ def train(
     if isinstance(engine, dict):
         engine, overrides = None, overrides | {"engine": engine}
     config = load_config(config, overrides) if isinstance(config, str) else config.replaced(overrides)
+    if _on_cluster(config):
+        from keel import ray_trainers
+
+        return ray_trainers.train(config, quiet=quiet)
     with _together(config) as ranks:
         parts = assemble(config.resolved(), make_engine=engine, ranks=ranks)
         told = manifest(parts.config, parts.policy, parts.task, parts.engine, parts.recipe) | {"ranks": ranks.size}
@@ -113,6 +118,10 @@ def resume(
     """
     asked = {name: value for name, value in (("steps", steps), ("train.parallel", parallel)) if value is not None}
     config = _changed(RunFolder.open(path), asked)
+    if _on_cluster(config):
+        from keel import ray_trainers
+
+        return ray_trainers.resume(path, config, quiet=quiet)
     with _together(config, resuming=True) as ranks:
         folder = _seen_by(ranks, RunFolder.open(path))
         if asked:
@@ -124,6 +133,11 @@ def resume(
         step = _restore(trainer, folder) if begun else -1  # stopped before the first: begin again
         ranks.by_first(lambda: folder.cut_back(step))
         return _Session(parts, folder, trainer, quiet).run()
+
+
+def _on_cluster(config: RunConfig) -> bool:
+    """Whether other processes are to train, and this is none of them."""
+    return config.cluster.train_workers > 0 and "RANK" not in os.environ
 
 
 @contextmanager

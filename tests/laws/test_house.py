@@ -11,15 +11,15 @@ SOURCE = Path(keel.__file__).parent
 FLOORS = [  # a room may import from its own floor and from those above it in this list
     {"errors", "types", "files"},
     {"objectives"},
-    {"diagnostics", "exact"},
-    {"settings", "config", "contradictions"},
+    {"diagnostics", "exact", "scale"},
+    {"settings", "config", "contradictions", "ray_cluster"},
     {"tasks", "rewards", "models"},
     {"rollout"},
     {"training", "evaluate", "writers", "progress", "stopping", "curves", "summary", "data"},
     {"manifest", "run_folder"},
     {"parts"},
     {"held_out"},
-    {"run"},
+    {"run", "ray_trainers"},
     {"audit", "gap", "grade", "lab", "doctor", "integrations"},
     {"report"},
     {"arguments", "papers", "commands", "cli", "__init__", "__main__"},
@@ -28,6 +28,7 @@ KNOWS_ONLY = {
     "diagnostics": {"types", "objectives", "errors"},
     "exact": {"types", "objectives", "errors"},
     "objectives": {"types", "errors"},
+    "scale": {"errors"},
 }
 
 

@@ -218,3 +218,30 @@ def test_trees():
 def test_the_toml_of_a_config_says_nothing_of_settings_that_are_none():
     tables = tomllib.loads(toml_of(RunConfig()))
     assert "lora" not in tables and "threads" not in tables["train"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"cluster.rollout_workers": 2}, "Expected a Ray cluster for them: --ray auto"),
+        ({"cluster.train_workers": 2}, "Expected a Ray cluster for them: --ray auto"),
+        ({"cluster.ray": "auto", "train.partial_rollouts": True}, "take new weights between completions"),
+        ({"cluster.ray": "auto", "train.curriculum": "pass_rate"}, "keeps its own place in the data"),
+        ({"cluster.ray": "auto", "engine.sync_every": 2}, "cluster.ray is 'auto'. Expected one of them"),
+    ],
+)
+def test_workers_on_a_cluster_do_not_go_with_everything(settings, said):
+    assert said in refusal(**nested(settings))
+
+
+def test_workers_on_a_cluster_have_short_flags():
+    from keel.arguments import parser_of, read
+
+    parser = parser_of("train", test_workers_on_a_cluster_have_short_flags, settings=True)
+    _, overrides = read(parser, ["--ray", "127.0.0.1:6379", "--rollout-workers", "4", "--train-workers", "2"])
+    config = RunConfig(**nested(overrides))
+    cluster = config.cluster
+    assert config.samples_apart and (cluster.ray, cluster.rollout_workers, cluster.train_workers) == ("127.0.0.1:6379", 4, 2)
+    assert config.train.parallel == "none" and config.resolved().train.parallel == "fsdp"
+    assert config.replaced({"cluster.train_workers": 1}).resolved().train.parallel == "none"
+    assert not RunConfig().samples_apart and RunConfig(train={"max_staleness": 1}).samples_apart

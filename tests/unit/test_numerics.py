@@ -278,7 +278,7 @@ def test_the_default_engine_is_exact(tiny_policy):
         ({"engine.weight_bits": 4, "engine.format": "int8"}, "both round the same weights"),
         ({"engine.weight_bits": 1}, "engine.weight_bits"),
         ({"engine.format": "fp4"}, "engine.format"),
-        ({"engine.sync_every": 2, "train.max_staleness": 4}, "both make old weights sample"),
+        ({"engine.sync_every": 2, "train.max_staleness": 4}, "and train.max_staleness is 4. Expected one of them"),
         ({"train.bypass_old": True, "objective.corrections": "truncate_token"}, "every weight would be 1"),
     ],
 )

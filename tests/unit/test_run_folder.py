@@ -15,7 +15,7 @@ import pytest
 from keel.config import RunConfig
 from keel.curves import draw, smooth
 from keel.errors import KeelError
-from keel.files import append_jsonl, cut_jsonl, json_of, read_jsonl, write_atomically
+from keel.files import append_jsonl, cut_jsonl, json_of, last_row, read_jsonl, write_atomically
 from keel.run_folder import RunFolder, environment, git_revision, place_of
 from keel.summary import against, closing_table, difference, moved, panel_name, skills_of, summarise
 from keel.types import Group, Prompt, Score
@@ -268,3 +268,12 @@ def test_the_picture_is_drawn_whatever_there_is_to_draw(tmp_path, rows):
 def test_a_moving_mean_keeps_a_constant_and_its_length():
     assert smooth([2.0] * 5, 3) == [2.0] * 5
     assert smooth([0.0, 3.0, 6.0], 3) == [1.5, 3.0, 4.5]
+
+
+def test_the_last_row_is_the_last_whole_one(tmp_path):
+    place = tmp_path / "rows.jsonl"
+    assert last_row(place) is None
+    place.write_text('{"step": 1')
+    assert last_row(place) is None
+    place.write_text("".join(f'{{"step": {n}, "said": "{"x" * 1000}"}}\n' for n in range(1000)) + '{"step": 10')
+    assert last_row(place)["step"] == 999

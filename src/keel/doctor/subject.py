@@ -87,6 +87,7 @@ class Subject:
             "train.partial_rollouts": False,
             "train.dynamic_sampling": False,
             "train.curriculum": "none",
+            "cluster.ray": "",
         }
         trainer = loop.Trainer(parts.policy, parts.engine, parts.task, parts.recipe, parts.config.replaced(smaller))
         return cls(parts, trainer)

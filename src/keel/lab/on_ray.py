@@ -8,36 +8,28 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
-import signal
 import socket
-import subprocess
 import sys
-import threading
 import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from keel.errors import KeelError
 from keel.lab.job import End, Job, Runs, at_work, run_one
+from keel.ray_cluster import SAME, connected, in_a_line, signals_kept, versions
 
-CONNECT_S = 60.0  # for a cluster to answer
-LISTEN_S = 5.0  # for its port to open
 PROBE_S = 120.0  # for all machines to say whether they see the folder
 SHARED_S = 20.0  # for a file of theirs to show here
 LOOK_S = 2.0  # between looks at what has ended
 QUIET_S = 20.0  # without any run at work, before it is said that all wait; longer each time
 STOP_S = 120.0  # for runs to end a step and save it, when the study stops
 FORCE_S = 10.0  # for their processes to end when they are made to
-SAME = ("keel-rl", "torch", "transformers")  # versions that must be the same on all machines
-INIT = {"log_to_driver": False, "logging_level": "ERROR"}
-TRY = f"import sys, ray; ray.init(sys.argv[1], **{INIT}); ray.shutdown()"
 
 
 @contextlib.contextmanager
@@ -52,81 +44,9 @@ def cluster(address: str, jobs: Sequence[Job], workers: int | None, say: Callabl
     Raises:
         KeelError: Ray is missing, no cluster answers, or a machine does not see the folder or has another keel.
     """
-    ray = _package()
-    _check_answers(address)
-    with contextlib.redirect_stdout(sys.stderr), _signals_kept():  # Ray prints what happens; stdout is for results
-        ray.init(address, **INIT)
-        try:
-            with _seen_by_all(ray, jobs, say) as here:
-                yield lambda open_jobs: _Pass(ray, open_jobs, workers, here, say).ends()
-        finally:
-            ray.shutdown()
-
-
-# ── connecting ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _package() -> ModuleType:
-    try:
-        import ray
-    except ImportError as missing:
-        raise KeelError(
-            f"A study on Ray needs the package ray, which cannot be imported ({missing}). Install it: pip install 'keel-rl[ray]'. "
-            "Without --ray the runs are processes of this machine."
-        ) from missing
-    return ray
-
-
-def _check_answers(address: str) -> None:
-    """See that there is a cluster. Ray's own attempt has no bound and cannot be interrupted, so another process tries it first."""
-    if address == "local":
-        raise KeelError("keel starts no Ray cluster of its own, and --ray local asks for one. " + _what_to_do())
-    _check_listens(address)
-    try:
-        tried = subprocess.run(
-            [sys.executable, "-c", TRY, address], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=CONNECT_S
-        )
-    except subprocess.TimeoutExpired:
-        raise KeelError(f"No Ray cluster answered at {address!r} within {CONNECT_S:.0f} s. " + _what_to_do()) from None
-    if tried.returncode:
-        raise KeelError(f"There is no Ray cluster to be used at {address!r}: {_first_fault(tried.stderr)}. " + _what_to_do())
-
-
-def _first_fault(stderr: str) -> str:
-    """The exception that others follow from: the first line of its own in tracebacks, and what it goes on with."""
-    found = re.search(r"^[\w.]+(?:Error|Exception|Exit): [^\n]*(?:\n[ \t]+\S[^\n]*)*", stderr, re.MULTILINE)
-    return " ".join((found[0] if found else stderr[-400:]).split()).rstrip(".")
-
-
-def _check_listens(address: str) -> None:
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not port.isdigit():
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=LISTEN_S).close()
-    except (OSError, OverflowError) as fault:
-        raise KeelError(f"Nothing listens at {address!r} ({fault}). " + _what_to_do()) from None
-
-
-def _what_to_do() -> str:
-    return (
-        "Expected a running cluster: start one with `ray start --head` on one machine and `ray start --address=HOST:6379` on the "
-        "others, and name it by --ray HOST:6379, or by --ray auto on a machine of the cluster. Without --ray the runs are "
-        "processes of this machine."
-    )
-
-
-@contextlib.contextmanager
-def _signals_kept() -> Iterator[None]:
-    """Ray takes SIGTERM for itself; afterwards it is as it was."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with contextlib.redirect_stdout(sys.stderr), signals_kept(), connected(address) as ray:
+        with _seen_by_all(ray, jobs, say) as here:
+            yield lambda open_jobs: _Pass(ray, open_jobs, workers, here, say).ends()
 
 
 # ── the shared folder ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -162,7 +82,7 @@ def _seen_by_all(ray: ModuleType, jobs: Sequence[Job], say: Callable[[str], None
         found = _asked(ray, nodes, here)
         for node, (trouble, _) in found.items():
             _refuse(trouble or _unseen(mark, node), nodes[node], place)
-        _check_versions({nodes[node]: versions for node, (_, versions) in found.items()})
+        _check_versions({nodes[node]: theirs for node, (_, theirs) in found.items()})
         say(f"Ray: {ray.cluster_resources().get('CPU', 0):g} CPUs on {', '.join(nodes.values()) or 'no machine'}")
         yield here
     finally:
@@ -196,7 +116,7 @@ def _asked(ray: ModuleType, nodes: Mapping[str, str], here: _Here) -> dict[str, 
             found[refs[ref]] = ray.get(ref)
         except ray.exceptions.RayError as fault:
             raise KeelError(
-                f"Ray machine {nodes[refs[ref]]} could not run a task of keel: {_in_a_line(fault)} Expected keel to be installed "
+                f"Ray machine {nodes[refs[ref]]} could not run a task of keel: {in_a_line(fault)} Expected keel to be installed "
                 f"there (version {version('keel-rl')}), in the environment that Ray was started from."
             ) from fault
     return found
@@ -210,14 +130,7 @@ def _look(here: _Here, node: str) -> tuple[str, dict[str, str]]:
             Path(f"{here.mark}-{node}").touch()
         except OSError as fault:
             trouble = f"{fault.filename}: {fault.strerror}"
-    return trouble, {name: _version(name) for name in SAME}
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "none"
+    return trouble, versions()
 
 
 def _unseen(mark: Path, node: str) -> str:
@@ -308,7 +221,7 @@ class _Pass:
         try:
             failure, trouble, node = self.ray.get(ref)
         except self.ray.exceptions.RayError as fault:
-            return End(job, _in_a_line(fault), lost=True)
+            return End(job, in_a_line(fault), lost=True)
         _refuse(trouble, node, job.out)
         return End(job, failure)
 
@@ -351,9 +264,3 @@ class _Patience:
             if free.get(name, 0) < count:
                 of = f"{free.get(name, 0):g} of the Ray cluster's {held.get(name, 0):g}"
                 self.say(f"Waiting: a run needs {count} {name}, and {of} are free. Ctrl-C stops the waiting.")
-
-
-def _in_a_line(fault: Exception) -> str:
-    """Ray's text, without the traceback that a task's own exception brings and the advice that follows other ones."""
-    lines = [line.strip() for line in str(fault).splitlines() if line.strip()] or [type(fault).__name__]
-    return lines[-1] if "Traceback" in str(fault) else lines[0]

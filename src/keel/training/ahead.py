@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing
+import signal
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,7 @@ from keel.config import RunConfig
 from keel.errors import KeelError
 from keel.training.buffer import Collected, PromptStream
 from keel.training.transfer import dumps, loads
+from keel.training.window import Window
 
 START_S = 300.0  # how long a worker may take to load its model
 
@@ -95,12 +97,7 @@ class Ahead:
                 "A schedule tells one version for each batch, and with train.partial_rollouts tokens of one completion have "
                 "several. Expected one of them: replay a schedule of whole batches, or sample partial rollouts without one."
             )
-        self.updates = config.train.updates_per_batch or 1
-        self.max_staleness = config.train.max_staleness
-        self.asked: list[int] = []
-        self.used: list[int] = []  # version of each batch so far: a schedule that replays them
-        self.next_step = version
-        self.first_step = version
+        self.window = Window(config, version, schedule)
         self.layout = Layout.of(weights)
         self.buffer = torch.zeros(self.layout.size, dtype=torch.uint8).share_memory_()
         context = multiprocessing.get_context("spawn")
@@ -124,15 +121,8 @@ class Ahead:
         """
         self._ask()
         made: Made = self._receive(self.config.engine.timeout_s)
-        self.asked.pop(0)
         self.stream.taken = made.taken
-        self.used.append(made.version)
-        stale = step + self.updates - 1 - made.version
-        if stale > self.max_staleness:
-            raise KeelError(
-                f"The batch of step {step} was sampled with version {made.version} and would be {stale} versions stale at its "
-                f"last update. Expected at most train.max_staleness = {self.max_staleness}: a replayed schedule that keeps it."
-            )
+        self.window.use(step, made.version)
         self._ask()
         return made.collected
 
@@ -158,24 +148,12 @@ class Ahead:
 
     def _ask(self) -> None:
         """Ask for every batch that may begin now."""
-        while self._may_begin(self.next_step):
-            weights = None
-            if self.schedule is not None:
-                weights = self.buffer.numpy().tobytes()
+        while (step := self.window.opened(self.version)) is not None:
+            weights = None if self.schedule is None else self.buffer.numpy().tobytes()
             try:
-                self.pipe.send_bytes(dumps((self.next_step, self.version, weights)))
+                self.pipe.send_bytes(dumps((step, self.version, weights)))
             except OSError:
                 raise KeelError(self._death()) from None
-            self.asked.append(self.next_step)
-            self.next_step += self.updates
-
-    def _may_begin(self, step: int) -> bool:
-        if step >= self.config.steps:
-            return False
-        if self.schedule is not None:
-            number = (step - self.first_step) // self.updates
-            return number < len(self.schedule) and self.schedule[number] == self.version
-        return step + self.updates - 1 - self.version <= self.max_staleness
 
     def _copy(self, weights: Mapping[str, Tensor]) -> None:
         self._until(lambda: self.lock.acquire(timeout=0.2), self.config.engine.timeout_s)
@@ -230,10 +208,13 @@ def _work(
     taken: int,
 ) -> None:
     """The worker: one batch for each request, until it is told to stop or nobody is there any more."""
+    from keel.training.rollouts import sampler_of
+
     sampler = None
     try:
         config = RunConfig(**settings)
-        sampler = _sampler(config, taken)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to answer
+        sampler = sampler_of(config, config.engine.threads or max(1, torch.get_num_threads() // 2), taken)
         engine, newest = sampler.engine, layout.views(buffer)
 
         def renew(always: bool = False) -> bool:
@@ -264,23 +245,3 @@ def _work(
     finally:
         if sampler is not None:
             getattr(sampler.engine, "close", lambda: None)()
-
-
-def _sampler(config: RunConfig, taken: int):
-    """The worker's own model, engine and task, from the settings alone."""
-    import signal
-
-    from keel.models.load import load_policy
-    from keel.rollout.engines import engine_of
-    from keel.tasks.task import get_task
-    from keel.training.rollouts import Sampler
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to answer
-    torch.set_num_threads(config.engine.threads or max(1, torch.get_num_threads() // 2))
-    task = get_task(config.task)
-    policy = load_policy(config.model, template=config.template, device=config.train.device, seed=config.seed)
-    stream = PromptStream(task.train, config.seed, taken)
-    train = config.train
-    return Sampler(
-        engine_of(config.engine, policy), policy, task, stream, config, bool(train.dynamic_sampling), train.updates_per_batch
-    )

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from keel.config import RunConfig
 from keel.data.curriculum import Record, draw, weights
 from keel.errors import KeelError
 from keel.training.ranks import ALONE, Ranks
@@ -96,12 +98,18 @@ STREAMS: dict[str, type[PromptStream]] = {"none": PromptStream, "pass_rate": Cur
 
 @dataclass(frozen=True)
 class Collected:
-    """Groups for one batch, and what it took to get them; `spent` is what the grader has used up since the run began."""
+    """Groups for one batch, and what it took to get them.
+
+    Args:
+        spent: what the grader has used up since the run began.
+        told: what else there is to say of how they came, by the names of metrics.
+    """
 
     groups: list[Group]
     generated_tokens: int
     dropped: int
     spent: Mapping[str, float] = field(default_factory=dict)
+    told: Mapping[str, float] = field(default_factory=dict)
 
 
 def score_group(prompt: Prompt, completions: Sequence[Completion], reward: Reward) -> Group:
@@ -157,30 +165,78 @@ def collect(
         KeelError: the batch is not full after `max_rounds`, or every completion was unscorable.
     """
 
-    def answered(some: Sequence[Prompt]) -> list[Group]:
-        asked, completions = generate(some)
-        by_prompt: dict[str, list[Completion]] = {prompt.id: [] for prompt in asked}
-        for completion in completions:
-            by_prompt[completion.prompt_id].append(completion)
-        return score_groups([(prompt, by_prompt[prompt.id]) for prompt in asked], reward_many or one_by_one(reward))
+    def groups_of(taken: Sequence[Prompt]) -> list[Group]:
+        return score_groups(by_prompt(*generate(taken)), reward_many or one_by_one(reward))
 
-    kept: list[Group] = []
-    tokens = dropped = 0
-    for _ in range(max_rounds if live_only else 1):
-        groups = ranks.spread(answered)(stream.take(prompts))
-        tokens += sum(len(c.token_ids) for group in groups for c in group.completions)
+    return fill(Filling(prompts, live_only, max_rounds), stream, ranks.spread(groups_of))
+
+
+@dataclass
+class Filling:
+    """A batch on its way.
+
+    Args:
+        prompts: groups that make it full.
+        live_only: keep only groups with right and wrong answers.
+        max_rounds: rounds of sampling after which it is given up.
+    """
+
+    prompts: int
+    live_only: bool = False
+    max_rounds: int = 10
+    kept: list[Group] = field(default_factory=list)
+    rounds: int = 0
+    tokens: int = 0
+    dropped: int = 0
+
+    @classmethod
+    def of(cls, config: RunConfig, live_only: bool, updates_per_batch: int) -> Filling:
+        """As a run's settings have it."""
+        return cls(config.train.prompts_per_step * updates_per_batch, live_only, config.train.dynamic_sampling_max_rounds)
+
+    def add(self, groups: Sequence[Group]) -> Collected | None:
+        """Take a round's groups; the batch, if it is full now.
+
+        Raises:
+            KeelError: it is not after its last round, or nothing in this one could be scored.
+        """
         _refuse_all_unscorable(groups)
+        fresh = [group for group in groups if group.live] if self.live_only else groups
+        self.tokens += sum(len(c.token_ids) for group in groups for c in group.completions)
+        self.dropped += len(groups) - len(fresh)
+        self.kept += fresh
+        self.rounds += 1
+        if len(self.kept) >= self.prompts:
+            return Collected(self.kept[: self.prompts], self.tokens, self.dropped + len(self.kept) - self.prompts)
+        if self.rounds >= self.max_rounds:
+            self._give_up()
+        return None
+
+    def _give_up(self) -> NoReturn:
+        raise KeelError(
+            f"Dynamic sampling found {len(self.kept)} live groups (right and wrong answers in one group) among "
+            f"{self.max_rounds * self.prompts} prompts, and {self.prompts} are needed. Expected a share of 1 − p^G − (1−p)^G of "
+            "them. Take easier or harder prompts, a larger train.group_size, a larger train.dynamic_sampling_max_rounds, or set "
+            "train.dynamic_sampling = false."
+        )
+
+
+def fill(filling: Filling, stream: PromptStream, groups_of: Callable[[list[Prompt]], list[Group]]) -> Collected:
+    """Rounds of sampling, one after another, until the batch is full."""
+    while True:
+        groups = groups_of(stream.take(filling.prompts))
+        found = filling.add(groups)
         stream.learn(groups)
-        fresh = [group for group in groups if group.live] if live_only else groups
-        dropped += len(groups) - len(fresh)
-        kept += fresh
-        if len(kept) >= prompts:
-            return Collected(kept[:prompts], tokens, dropped + max(0, len(kept) - prompts))
-    raise KeelError(
-        f"Dynamic sampling found {len(kept)} live groups (right and wrong answers in one group) among {max_rounds * prompts} "
-        f"prompts, and {prompts} are needed. Expected a share of 1 − p^G − (1−p)^G of them. Take easier or harder prompts, a "
-        "larger train.group_size, a larger train.dynamic_sampling_max_rounds, or set train.dynamic_sampling = false."
-    )
+        if found is not None:
+            return found
+
+
+def by_prompt(asked: Sequence[Prompt], completions: Sequence[Completion]) -> list[tuple[Prompt, list[Completion]]]:
+    """Each prompt with its completions."""
+    found: dict[str, list[Completion]] = {prompt.id: [] for prompt in asked}
+    for completion in completions:
+        found[completion.prompt_id].append(completion)
+    return [(prompt, found[prompt.id]) for prompt in asked]
 
 
 def _refuse_all_unscorable(groups: Sequence[Group]) -> None:

@@ -28,7 +28,8 @@ from keel.training.ahead import Ahead
 from keel.training.batch import batch_from_groups, micro_batches, split
 from keel.training.buffer import STREAMS, Collected
 from keel.training.ranks import ALONE, Ranks
-from keel.training.rollouts import InTurn, Rollouts, Sampler
+from keel.training.ray_rollouts import RayRollouts
+from keel.training.rollouts import InTurn, Rollouts, Sampler, of_first
 from keel.training.step import Gradient, accumulate_gradient, apply_gradient, learning_rate, look
 from keel.training.tokens import TokenTrace, groups_to_trace, trace
 from keel.types import Batch, Group, StepCounts
@@ -108,13 +109,14 @@ class Trainer:
 
     def wake(self) -> None:
         """Give the engine in this process the newest weights, so that it can be evaluated."""
-        if self.config.train.max_staleness > 0 and self.engine.version != self.step:
+        if self.config.samples_apart and self.engine.version != self.step:
             self.engine.load(self.policy.weights(), self.step)
 
     def _begin_rollouts(self) -> Rollouts:
-        if self.config.train.max_staleness > 0:
+        if self.config.samples_apart:
             self.engine.sleep()
-            return Ahead(self.config, self.policy.weights(), self.step, self.stream)
+            source, weights = RayRollouts if self.config.cluster.ray else Ahead, self.policy.weights()
+            return of_first(self.ranks, self.stream, lambda: source(self.config, weights, self.step, self.stream))
         what = self.engine, self.policy, self.task, self.stream, self.config
         return InTurn(Sampler(*what, self.dynamic_sampling, self.updates_per_batch, self.ranks))
 
@@ -201,6 +203,7 @@ def _rollout_metrics(trainer: Trainer, collected: Collected, seconds: float) -> 
         }
         | part_metrics(collected.groups)
         | spent
+        | collected.told
     )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from keel.config import RunConfig
@@ -14,9 +15,9 @@ from keel.models.policy import Policy
 from keel.rewards.compose import spent
 from keel.rollout.engine import Engine, Seed, check_completions
 from keel.tasks.task import Task, reward_many
-from keel.training.buffer import Collected, PromptStream, collect
+from keel.training.buffer import Collected, Filling, PromptStream, by_prompt, fill, score_groups
 from keel.training.ranks import ALONE, Ranks
-from keel.types import Completion, Prompt
+from keel.types import Group, Prompt
 
 
 @runtime_checkable
@@ -57,30 +58,26 @@ class Sampler:
     ranks: Ranks = ALONE
 
     def batch(self, step: int) -> Collected:
-        """The batch for optimizer step `step`. Every completion is checked against the engine's contract."""
+        """The batch for optimizer step `step`."""
+        filling = Filling.of(self.config, self.dynamic_sampling, self.updates_per_batch)
+        groups = self.ranks.spread(lambda prompts: self.groups(prompts, step))
+        return replace(fill(filling, self.stream, groups), spent=self.ranks.sums(self.spent()))
+
+    def groups(self, prompts: Sequence[Prompt], step: int) -> list[Group]:
+        """A group of each prompt, graded, with the draws of step `step`. Completions are checked against the engine's contract."""
         config, policy, sampling = self.config, self.policy, self.config.sampling.distribution()
+        asked = [policy.template.render(prompt, policy.tokenizer) for prompt in prompts]
+        group_size = config.train.group_size
+        completions = self.engine.generate(asked, sampling, Seed(run=config.seed, step=step), group_size)
+        version = None if config.train.partial_rollouts else self.engine.version  # else any that came in the middle
         vocab_size = policy.base.get_output_embeddings().weight.shape[0]
+        rules = dict(end_ids=policy.end_ids, vocab_size=vocab_size, version=version)
+        check_completions(asked, completions, group_size, sampling, **rules)
+        return score_groups(by_prompt(asked, completions), partial(reward_many, self.task))
 
-        def generate(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Completion]]:
-            asked = [policy.template.render(prompt, policy.tokenizer) for prompt in prompts]
-            seed, group_size = Seed(run=config.seed, step=step), config.train.group_size
-            completions = self.engine.generate(asked, sampling, seed, group_size)
-            version = None if config.train.partial_rollouts else self.engine.version  # else any that came in the middle
-            rules = dict(end_ids=policy.end_ids, vocab_size=vocab_size, version=version)
-            check_completions(asked, completions, group_size, sampling, **rules)
-            return asked, completions
-
-        found = collect(
-            generate,
-            self.stream,
-            self.task.reward,
-            prompts=config.train.prompts_per_step * self.updates_per_batch,
-            reward_many=partial(reward_many, self.task),
-            live_only=self.dynamic_sampling,
-            max_rounds=config.train.dynamic_sampling_max_rounds,
-            ranks=self.ranks,
-        )
-        return replace(found, spent=self.ranks.sums(spent(getattr(self.task, "grade", None))))
+    def spent(self) -> dict[str, float]:
+        """What the grader has used up so far."""
+        return spent(getattr(self.task, "grade", None))
 
 
 class InTurn:
@@ -99,3 +96,55 @@ class InTurn:
 
     def close(self) -> None:
         """Nothing works in the background."""
+
+
+class OfFirst:
+    """Batches that the first of several ranks has from elsewhere, for all of them.
+
+    Args:
+        stream: every rank's place in the data.
+        begin: what the first rank begins.
+    """
+
+    def __init__(self, ranks: Ranks, stream: PromptStream, begin: Callable[[], Rollouts]):
+        self.ranks, self.stream, self.own = ranks, stream, None
+
+        def begin_here() -> None:
+            self.own = begin()
+
+        ranks.by_first(begin_here)
+
+    def collect(self, step: int) -> Collected:
+        collected, self.stream.taken = self.ranks.by_first(lambda: (self.own.collect(step), self.stream.taken))
+        return collected
+
+    def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+        self.ranks.by_first(lambda: self.own.publish(weights, version))
+
+    def close(self) -> None:
+        if self.own is not None:
+            self.own.close()
+
+
+def of_first(ranks: Ranks, stream: PromptStream, begin: Callable[[], Rollouts]) -> Rollouts:
+    """What `begin` gives, shared where there are several ranks."""
+    return begin() if ranks.size == 1 else OfFirst(ranks, stream, begin)
+
+
+def sampler_of(config: RunConfig, threads: int, taken: int = 0) -> Sampler:
+    """A worker's own model, engine and task, from resolved settings alone.
+
+    Args:
+        threads: CPU threads that it computes with.
+        taken: prompts that were consumed before.
+    """
+    from keel.models.load import load_policy
+    from keel.rollout.engines import engine_of
+    from keel.tasks.task import get_task
+
+    torch.set_num_threads(threads)
+    task, train = get_task(config.task), config.train
+    policy = load_policy(config.model, template=config.template, device=train.device, seed=config.seed)
+    stream = PromptStream(task.train, config.seed, taken)
+    engine = engine_of(config.engine, policy)
+    return Sampler(engine, policy, task, stream, config, bool(train.dynamic_sampling), train.updates_per_batch or 1)

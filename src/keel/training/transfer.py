@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+Arrays = dict[str, tuple[np.ndarray, str, tuple[int, ...]]]  # bytes, dtype, shape
 
 
 class _Writer(pickle.Pickler):
@@ -23,6 +27,25 @@ class _Writer(pickle.Pickler):
 
 def _tensor(data: bytes, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=dtype).view(shape) if data else torch.empty(shape, dtype=dtype)
+
+
+def as_arrays(weights: Mapping[str, Tensor]) -> Arrays:
+    """Tensors as plain bytes with their kind, without a copy where they lie in main memory. What shares memory stays shared."""
+    seen: dict[tuple[int, int], np.ndarray] = {}
+    found = {}
+    for name, tensor in weights.items():
+        plain = tensor.detach().cpu().contiguous()
+        data = seen.setdefault((plain.data_ptr(), plain.nbytes), plain.reshape(-1).view(torch.uint8).numpy())
+        found[name] = data, str(plain.dtype).removeprefix("torch."), tuple(plain.shape)
+    return found
+
+
+def from_arrays(arrays: Arrays) -> dict[str, Tensor]:
+    """The tensors, in the memory of the arrays: read them, never write."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch has no read-only tensors, and says so
+        plain = {name: torch.from_numpy(data) for name, (data, _, _) in arrays.items()}
+    return {name: plain[name].view(getattr(torch, kind)).view(shape) for name, (_, kind, shape) in arrays.items()}
 
 
 def dumps(value: Any) -> bytes:

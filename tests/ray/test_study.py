@@ -1,28 +1,20 @@
-"""Studies on a real Ray cluster: one machine, two CPUs, of this test file alone and on loopback.
+"""Studies on a real Ray cluster: one machine, of these tests alone and on loopback.
 
 What runs there equals what runs here, whoever is killed; a study that is stopped takes its own tasks with it and nothing else.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import select
-import shutil
 import signal
 import socket
-import subprocess
-import sys
-import tempfile
 import threading
-import time
-import uuid
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from clusters import until
 
+from keel import ray_cluster
 from keel.errors import KeelError
 from keel.files import read_jsonl
 from keel.lab import on_ray
@@ -31,92 +23,10 @@ from keel.lab.runner import jobs_of, run_jobs
 from keel.lab.study import Study
 from keel.settings import merged, nested
 
-os.environ |= {  # read when Ray is imported: loopback alone, a key of this process, and no report of its use
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    "RAY_AUTH_MODE": "token",
-    "RAY_AUTH_TOKEN": uuid.uuid4().hex,
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'keel-rl[ray]'"),
-]
-
 TINY = nested({
     "steps": 6, "train.prompts_per_step": 2, "train.group_size": 2, "evaluation.prompts": 4, "evaluation.samples": 1,
     "evaluation.every": 0, "sampling.max_completion_tokens": 8, "train.probe_every": 0, "checkpoint.every": 2,
 })  # fmt: skip
-
-HEAD = """
-import json, sys, time, ray
-at = ray.init("local", num_cpus=2, object_store_memory=80 * 2**20, include_dashboard=False, log_to_driver=False,
-              logging_level="ERROR", _temp_dir=sys.argv[1])
-print(at.address_info["address"], flush=True)
-hold, held = ray.remote(lambda: time.sleep(600)), []
-for line in sys.stdin:
-    if line.strip() == "hold":
-        held = [hold.options(num_cpus=1).remote() for _ in range(2)]
-        while ray.available_resources().get("CPU", 0) >= 1:
-            time.sleep(0.1)
-    elif line.strip() == "free":
-        [ray.cancel(each, force=True) for each in held]
-    print(json.dumps({"CPU": ray.available_resources().get("CPU", 0)}), flush=True)
-ray.shutdown()
-"""
-
-
-class Cluster:
-    """A Ray cluster in a process of its own. It ends with the one that started it, whatever happens to that."""
-
-    def __init__(self):
-        self.place = tempfile.mkdtemp(prefix="keel-ray-")  # short: sockets are made in it
-        command = [sys.executable, "-c", HEAD, self.place]
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        self.head = subprocess.Popen(command, **pipes)
-        self.address = self._line()
-
-    def ask(self, what: str) -> float:
-        """CPUs that are free afterwards."""
-        self.head.stdin.write(f"{what}\n")
-        self.head.stdin.flush()
-        return json.loads(self._line())["CPU"]
-
-    def _line(self) -> str:
-        assert select.select([self.head.stdout], [], [], 90)[0], "Ray did not start"
-        return self.head.stdout.readline().strip()
-
-    def close(self) -> None:
-        with self.head:
-            self.head.stdin.close()
-            try:
-                self.head.wait(30)
-            finally:
-                self.head.kill()
-        until(lambda: not processes_with(self.place))
-        shutil.rmtree(self.place, ignore_errors=True)
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    made = Cluster()
-    yield made
-    made.close()
-
-
-def processes_with(text: str) -> list[str]:
-    """Command lines on this machine that hold a text."""
-    found = []
-    for place in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            found.append(place.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
-    return [line for line in found if text in line and "pytest" not in line]
-
-
-def until(done, seconds=60.0):
-    end = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < end
-        time.sleep(0.1)
 
 
 def jobs_in(place: Path, arms: dict, seeds: int = 1, **changes):
@@ -132,7 +42,7 @@ def measured(out: Path) -> list[dict]:
 
 def killed_once(out: Path) -> None:
     """Kill the process that works on a run as soon as it has saved something."""
-    until(lambda: list((out / "checkpoints").glob("*")), 120)
+    until(lambda: list((out / "checkpoints").glob("*")), 300)
     os.kill(int(at_work(out).read_text().split()[1]), signal.SIGKILL)
 
 
@@ -170,11 +80,11 @@ def test_it_waits_for_a_cpu_and_ctrl_c_saves_what_runs_and_leaves_the_cluster(tm
 
     def say(text: str) -> None:
         said.append(text)
-        if text.startswith("Waiting: a run needs 1 CPU, and 0 of the Ray cluster's 2 are free"):
+        if text.startswith("Waiting: a run needs 1 CPU, and 0 of the Ray cluster's 3 are free"):
             cluster.ask("free")
 
     def interrupt() -> None:
-        until(lambda: len(measured(job.out)) > 3, 120)
+        until(lambda: len(measured(job.out)) > 3, 300)
         os.kill(os.getpid(), signal.SIGINT)
 
     stopper = threading.Thread(target=interrupt)
@@ -187,7 +97,7 @@ def test_it_waits_for_a_cpu_and_ctrl_c_saves_what_runs_and_leaves_the_cluster(tm
     rows = measured(job.out)
     assert not job.done and rows[-1]["step"] < 5000
     assert list((job.out / "checkpoints").glob(f"*{rows[-1]['step']}*"))  # saved at the step that it stopped after
-    until(lambda: cluster.ask("how are you") == 2)
+    until(lambda: cluster.ask("how are you") == 3)
 
 
 def test_a_machine_that_does_not_see_the_folder_is_named(tmp_path, cluster, monkeypatch):
@@ -213,7 +123,7 @@ def test_a_cluster_that_is_not_there_is_told_and_what_to_do(address, said, tmp_p
 
 
 def test_something_that_listens_and_is_no_cluster_is_given_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(on_ray, "CONNECT_S", 3.0)
+    monkeypatch.setattr(ray_cluster, "CONNECT_S", 3.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(KeelError, match=f"No Ray cluster answered at '{address}' within 3 s.*ray start --head"):
