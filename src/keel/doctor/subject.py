@@ -87,7 +87,7 @@ class Subject:
             "train.partial_rollouts": False,
             "train.dynamic_sampling": False,
             "train.curriculum": "none",
-            "cluster.ray": "",
+            **{"cluster.ray": "", "cluster.rollout_workers": 1, "cluster.train_workers": 0},
         }
         trainer = loop.Trainer(parts.policy, parts.engine, parts.task, parts.recipe, parts.config.replaced(smaller))
         return cls(parts, trainer)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from keel.doctor.finding import Check
 from keel.doctor.invariants import metrics_of_a_step
-from keel.doctor.probes import controls, data, draws, forward, gap, groups, objective, reward, step, sync
+from keel.doctor.probes import controls, data, draws, forward, gap, grading, groups, objective, optimizer, reward, step, sync
 from keel.doctor.subject import Subject
 from keel.errors import KeelError, nearest
 
@@ -17,10 +17,10 @@ PROBES: dict[str, Probe] = {
     "gold": reward.gold,
     "cheats": reward.cheats,
     "junk": reward.junk,
-    "hangs": reward.hangs,
+    "hangs": grading.hangs,
     "copies": data.copies,
     "end tokens": groups.ends,
-    "threads": reward.threads,
+    "threads": grading.threads,
     "rows": groups.rows,
     "echo": groups.echo,
     "repeat": forward.repeats,
@@ -34,7 +34,7 @@ PROBES: dict[str, Probe] = {
     "masked": step.masked,
     "cuts": step.cuts,
     "order": step.order,
-    "non-finite gradient": step.non_finite,
+    "non-finite gradient": optimizer.non_finite,
     "updates": step.updates,
     "metrics": metrics_of_a_step,
     "advantages": objective.advantages,
@@ -45,10 +45,10 @@ PROBES: dict[str, Probe] = {
     "coins": controls.coins,
     "reference": objective.reference,
     "KL gradient": objective.kl_gradient,
-    "census": step.census,
-    "schedule": step.schedule,
-    "resume": step.resumes,
-    "endings": reward.endings,
+    "census": optimizer.census,
+    "schedule": optimizer.schedule,
+    "resume": optimizer.resumes,
+    "endings": grading.endings,
     "budget": data.budget,
     "choice": data.choice,
     "golds": data.golds,

@@ -17,7 +17,8 @@ from keel.doctor.subject import STEP, Subject
 from keel.training.buffer import PromptStream
 from keel.types import Batch, Completion
 
-SAMPLED = (16, 1.5), (64, 2.5), (192, 0.0)  # prompts, and the standard deviations beyond which more are asked
+SAMPLED = (64, 2.0), (192, 0.0)  # prompts, and the standard deviations beyond which more are asked
+OF_LARGE = ((16, 0.0),)  # the same of a large model
 FAR = 5.0  # standard deviations at which there is an alarm
 ALSO = 0.05  # chance of so many repeats, below which new and more samples decide
 
@@ -30,9 +31,9 @@ def sampling(subject: Subject) -> Check:
     prompts whose samples repeat each other one sample counts.
     """
     subject.awake()
-    for draw, (asked, odd) in enumerate(SAMPLED):
+    for draw, (asked, odd) in enumerate(OF_LARGE if subject.large else SAMPLED):
         told = _drawn(subject, asked, draw)
-        if abs(told.worst) <= odd or subject.large:
+        if abs(told.worst) <= odd:
             break
     p = min(1.0, chance.normal_tail(told.worst) * len(told.off))
     says = f"{told.tokens} sampled tokens come as often as the model's own logits say (largest z {told.worst:+.1f})"

@@ -1,9 +1,8 @@
-"""The reward on texts whose verdict is known: gold, other rows' gold, cheats, junk, what takes for ever; alone and in company."""
+"""The reward on texts whose verdict is known: gold, other rows' gold, near misses, cheats and junk."""
 
 from __future__ import annotations
 
 import math
-import multiprocessing
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,16 +10,13 @@ from dataclasses import dataclass, replace
 from keel.doctor import chance
 from keel.doctor.catalogue import fault
 from keel.doctor.finding import Check, Finding
-from keel.doctor.probes.data import answered
 from keel.doctor.subject import Subject
 from keel.rewards.compose import spent
 from keel.tasks.task import Task, reward_many
 from keel.types import Finish, Prompt, Score
 
 PAIRS = 64  # prompts whose gold is graded
-LIMIT_S = 3.0  # within which any text must have its verdict
 BUDGET_S = 8.0  # that one probe spends grading; slow graders see fewer texts
-MOST_AT_ONCE = 1024  # texts that are graded together
 MOST = 0.25  # of gold answers that are not taken: from here on it is the grader that misses them, below it is those rows
 
 CHEATS = (
@@ -33,7 +29,6 @@ JUNK = (
     "A:abc", ":", "}{", "\\frac{1}{", "A:" + "9" * 400, "é漢字\u202e\x00", "(" * 200, "A:1e999", "-", "1/0", "[[[", "A:\n\nA:",
     "x" * 20_000,
 )  # fmt: skip
-ENDLESS = ("\\boxed{\\dfrac{5^{(5^{(5^{(5^5)})}-4)}-5}{16}}", "A:9**9**9**9", "(" * 5_000 + ")" * 5_000, "a" * 30_000 + "!")
 
 
 @dataclass(frozen=True)
@@ -57,9 +52,9 @@ class Accuracy:
 
 def gold(subject: Subject) -> Check:
     """Gold answers score 1, other rows' gold and near misses 0, in the same process and thread as in training."""
-    if (why := _unknown(subject.task)) is not None:
+    if (why := unknown(subject.task)) is not None:
         return Check("gold", "", skipped=why)
-    prompts = _spread(subject.task.train, PAIRS)
+    prompts = spread(subject.task.train, PAIRS)
     check, told = of_golds(subject.task, prompts)
     if told is not None:
         subject.facts["accuracy"] = told
@@ -69,12 +64,12 @@ def gold(subject: Subject) -> Check:
 def _of_near_misses(task: Task, prompts: Sequence[Prompt], held: Check) -> Check:
     """Gold answers with another number in the place of theirs, where it is a whole number: none may be right."""
     asked = [(p, text) for p in prompts for text in near_misses(task.gold(p), p.answer)]
-    if not asked or _costly(task) or not getattr(task, "own_gold_only", True):
+    if not asked or costly(task) or not getattr(task, "own_gold_only", True):
         return held
     try:
         taken = [text for p, text in asked if _taken(task.reward(p, text, "stop"))]
     except Exception as error:
-        return _raised("gold", error, "a near miss")
+        return raised("gold", error, "a near miss")
     if not taken:
         return replace(held, says=f"{held.says}; none of {len(asked)} near misses is")
     says = f"{held.says}, but {len(taken)} of {len(asked)} answers with another number are, such as {taken[0][-40:]!r}"
@@ -108,16 +103,16 @@ def of_golds(task: Task, prompts: Sequence[Prompt]) -> tuple[Check, Accuracy | N
     try:
         scores, single = reward_many(task, asked), [task.reward(*each) for each in asked]
     except Exception as error:  # whatever a reward of one's own raises, training would meet too
-        return _raised("gold", error, "a gold answer"), None
+        return raised("gold", error, "a gold answer"), None
     told, alone = (_accuracy(found, len(prompts)) for found in (scores, single))
     says = f"{told.right} of {told.gold} gold answers are right, and {told.wrong} of {told.cross} other rows' gold answers"
-    if _differ(scores, single):
+    if differ(scores, single):
         return Check("gold", f"{says}; graded one by one {alone.right} and {alone.wrong}; see threads", ()), told
     lost = [p for p, score in zip(prompts, scores, strict=False) if not _taken(score)]
     if (
         told.fpr > 0.5
         and told.right
-        and not _costly(task)
+        and not costly(task)
         and not any(_taken(task.reward(p, task.gold(o) + " ", "stop")) for p, o in pairs[:16])
     ):
         says = f"{says}; but none of 16 of them with a space behind it, which was never graded before: it remembers verdicts"
@@ -127,7 +122,7 @@ def of_golds(task: Task, prompts: Sequence[Prompt]) -> tuple[Check, Accuracy | N
 
 def _read_otherwise(task: Task, lost: Sequence[Prompt]) -> bool:
     """Whether most gold answers that are not taken are, once there is a space or an empty line more: then it is not those rows."""
-    if not lost or _costly(task):
+    if not lost or costly(task):
         return False
     ways = [[task.gold(p) + "\n", " " + task.gold(p), task.gold(p) + " \n"] for p in lost]
     return (
@@ -172,16 +167,16 @@ def _accuracy(scores: Sequence[Score], golds: int) -> Accuracy:
 def cheats(subject: Subject) -> Check:
     """Texts without an answer, on prompts with different answers: none may earn anything twice."""
     task = subject.task
-    if (why := _costly(task)) is not None:
+    if (why := costly(task)) is not None:
         return Check("cheats", "", skipped=why)
-    prompts, begun, caught, graded = _spread(task.train, 12), time.perf_counter(), {}, 0
+    prompts, begun, caught, graded = spread(task.train, 12), time.perf_counter(), {}, 0
     for text in CHEATS:
         if time.perf_counter() - begun > BUDGET_S:
             break
         try:
             scores = [task.reward(p, text, "stop") for p in prompts]
         except Exception as error:
-            return _raised("cheats", error, repr(text[:40]))
+            return raised("cheats", error, repr(text[:40]))
         graded += 1
         earned = {p.answer for p, score in zip(prompts, scores, strict=True) if score.value is not None and score.value > 0}
         if len(earned) > 1:
@@ -197,7 +192,7 @@ def cheats(subject: Subject) -> Check:
 def junk(subject: Subject) -> Check:
     """Texts that no parser expects: a finite verdict for each, or "unscorable", and no exception."""
     task = subject.task
-    if (why := _costly(task)) is not None:
+    if (why := costly(task)) is not None:
         return Check("junk", "", skipped=why)
     begun, bad, prompt = time.perf_counter(), [], task.train[0]
     for text in JUNK:
@@ -206,117 +201,13 @@ def junk(subject: Subject) -> Check:
         try:
             score = task.reward(prompt, text, "stop")
         except Exception as error:
-            return _raised("junk", error, repr(text[:40]))
+            return raised("junk", error, repr(text[:40]))
         if score.value is not None and not math.isfinite(score.value):
             bad.append(text)
     if bad:
         says = f"{bad[0][:40]!r} is graded a number that is not finite"
         return Check("junk", says, (Finding(fault("K464"), says, float(len(bad)), 0.0),))
     return Check("junk", f"{len(JUNK)} texts that no parser expects have finite verdicts")
-
-
-def threads(subject: Subject) -> Check:
-    """The same texts graded twice one by one, and as training has them graded: equal verdicts."""
-    task = subject.task
-    if (why := _costly(task)) is not None:
-        return Check("threads", "", skipped=why)
-    texts = [(g.prompt, c.text, c.finish) for g in subject.groups for c in g.completions if c.finish != "error"][:48]
-    if _unknown(task) is None:
-        texts += [(p, task.gold(p), "stop") for p in _spread(task.train, 48)]
-    texts = list({(p.id, text): (p, text, finish) for p, text, finish in texts}.values())
-    try:
-        begun = time.perf_counter()
-        first = [task.reward(*each) for each in texts]
-        seconds = (time.perf_counter() - begun) / len(texts)
-        second = [task.reward(*each) for each in texts]
-        texts += _as_many_as_training(subject, len(texts), seconds)
-        first += [task.reward(*each) for each in texts[len(first) :]]
-        together = reward_many(task, texts)
-    except Exception as error:
-        return _raised("threads", error, "a completion")
-    changed = _differ(first[: len(second)], second)
-    if changed:
-        says = f"{changed} of {len(texts)} verdicts change when the same text is graded again"
-        return Check("threads", says, (Finding(fault("K462"), says, float(changed), 0.0),))
-    apart = _differ(first, together)
-    if apart:
-        says = f"{apart} of {len(texts)} verdicts differ between grading one by one and grading as training does"
-        lost = sum(a.correct and not b.correct for a, b in zip(first, together, strict=True))
-        code = "K418" if lost == apart and lost == sum(a.correct for a in first) else "K485"
-        return Check("threads", says, (Finding(fault(code), says, float(apart), 0.0),))
-    return Check("threads", f"{len(texts)} verdicts are the same again, and the same as training has them graded")
-
-
-def _as_many_as_training(subject: Subject, there: int, seconds: float) -> list[tuple[Prompt, str, Finish]]:
-    """Gold answers of other prompts, until there are as many texts as a batch of training grades at once and time allows."""
-    if _unknown(subject.task) is not None:
-        return []
-    train, prompts = subject.config.train, subject.task.train
-    most = min(train.prompts_per_step * train.group_size, MOST_AT_ONCE, int(BUDGET_S / 4 / max(seconds, 1e-6)))
-    return [(p, subject.task.gold(p), "stop") for p in _spread(prompts, max(0, most - there))]
-
-
-def endings(subject: Subject) -> Check:
-    """Completions of its own that end with the whole gold text, with other text before it: they are right."""
-    task = subject.task
-    if (why := _unknown(task) or _costly(task)) is not None:
-        return Check("endings", "", skipped=why)
-    told, lost, seen = answered(subject), "", []
-    for prompt, row, scores in zip(told.prompts, told.completions, told.scores, strict=True):
-        gold = task.gold(prompt).strip()
-        for c, score in zip(row, scores, strict=True):
-            text = c.text.strip()
-            if (
-                c.finish == "stop"
-                and score.scorable
-                and gold
-                and text.endswith(gold)
-                and text[-len(gold) - 1 : -len(gold)].isspace()
-            ):
-                seen.append(score.correct)
-                lost = lost if score.correct else text
-    says = f"{sum(seen)} of {len(seen)} completions that end with the gold answer, after other text, are right"
-    if len(seen) - sum(seen) < max(5, MOST * len(seen)):
-        return Check("endings", says)
-    says = f"{says}; not so {lost[-60:]!r}"
-    return Check("endings", says, (Finding(fault("K482"), says, sum(seen) / len(seen), 1.0),))
-
-
-def hangs(subject: Subject) -> Check:
-    """Texts that send a parser into the woods: a verdict within the bound, each asked in a process that can be ended."""
-    task = subject.task
-    if (why := _costly(task)) is not None:
-        return Check("hangs", "", skipped=why)
-    slow, worst = [], 0.0
-    for text in ENDLESS:
-        begun = time.perf_counter()
-        if not _ends(task, task.train[0], text):
-            slow.append(text)
-        worst = max(worst, time.perf_counter() - begun)
-    if slow:
-        says = f"{slow[0][:50]!r} has no verdict after {LIMIT_S:g} s"
-        return Check("hangs", says, (Finding(fault("K419"), says, worst, LIMIT_S),))
-    return Check("hangs", f"{len(ENDLESS)} texts that take for ever to work out have a verdict within {worst:.1f} s")
-
-
-def _ends(task: Task, prompt: Prompt, text: str) -> bool:
-    """Whether there is a verdict, or an exception, within the limit."""
-    child = multiprocessing.get_context("fork").Process(target=_graded, args=(task, prompt, text), daemon=True)
-    child.start()
-    child.join(LIMIT_S)
-    ended = not child.is_alive()
-    if not ended:
-        child.kill()
-    child.join()
-    child.close()
-    return ended
-
-
-def _graded(task: Task, prompt: Prompt, text: str) -> None:
-    try:
-        task.reward(prompt, text, "stop")
-    except Exception:
-        return  # it ended; what it raises is for `junk` to tell
 
 
 def accuracy_words(told: Accuracy) -> str:
@@ -328,7 +219,8 @@ def accuracy_words(told: Accuracy) -> str:
     )
 
 
-def _differ(a: Sequence[Score], b: Sequence[Score]) -> int:
+def differ(a: Sequence[Score], b: Sequence[Score]) -> int:
+    """How many verdicts are not the same."""
     return sum((x.value, x.correct) != (y.value, y.correct) and not (_nan(x) and _nan(y)) for x, y in zip(a, b, strict=True))
 
 
@@ -336,24 +228,28 @@ def _nan(score: Score) -> bool:
     return score.value is not None and math.isnan(score.value)
 
 
-def _raised(name: str, error: Exception, on: str) -> Check:
+def raised(name: str, error: Exception, on: str) -> Check:
+    """The finding that the reward raised."""
     says = f"the reward raises {type(error).__name__} on {on}: {str(error)[:100]}"
     return Check(name, says, (Finding(fault("K489"), says, 1.0, 0.0),))
 
 
-def _unknown(task: Task) -> str | None:
+def unknown(task: Task) -> str | None:
+    """Why no text of this task is known to be right; None where one is."""
     return (
         "no completion of this task is known to be right, or to grade one costs money" if getattr(task, "checked", 1) == 0 else None
     )
 
 
-def _costly(task: Task) -> str | None:
+def costly(task: Task) -> str | None:
+    """Why a grader is not asked for the sake of looking; None where it may be."""
     return "its grader asks a server, which costs" if spent(getattr(task, "grade", None)) else None
 
 
 def _gold_or(task: Task, prompt: Prompt) -> str:
-    return prompt.answer if _unknown(task) else task.gold(prompt)
+    return prompt.answer if unknown(task) else task.gold(prompt)
 
 
-def _spread(prompts: Sequence[Prompt], most: int) -> list[Prompt]:
+def spread(prompts: Sequence[Prompt], most: int) -> list[Prompt]:
+    """As many of them as that, evenly over all."""
     return [prompts[i * len(prompts) // most] for i in range(most)] if len(prompts) > most else list(prompts)
