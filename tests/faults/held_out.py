@@ -163,7 +163,7 @@ def scores_of_siblings(ground):
 
         return score
 
-    ground.put("keel.training.buffer:score_groups", spoil)
+    ground.put("keel.training.rollouts:score_groups", spoil)
 
 
 def unscorable_is_zero(ground):

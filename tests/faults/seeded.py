@@ -409,7 +409,7 @@ def rewards_moved_on(ground: Ground) -> None:
 
         return score
 
-    ground.put("keel.training.buffer:score_groups", spoil)
+    ground.put("keel.training.rollouts:score_groups", spoil)
 
 
 def resume_without_moments(ground: Ground) -> None:
