@@ -17,8 +17,8 @@ from keel.doctor.subject import STEP, Subject
 from keel.training.buffer import PromptStream
 from keel.types import Batch, Completion
 
-SAMPLED = (64, 2.0), (192, 0.0)  # prompts, and the standard deviations beyond which more are asked
-OF_LARGE = ((16, 0.0),)  # the same of a large model
+SAMPLED = (64, 16, 2.0), (192, 16, 0.0)  # prompts, samples of each, and the standard deviations beyond which more are asked
+OF_LARGE = ((8, 4, 0.0),)  # the same of a large model
 FAR = 5.0  # standard deviations at which there is an alarm
 ALSO = 0.05  # chance of so many repeats, below which new and more samples decide
 
@@ -31,8 +31,8 @@ def sampling(subject: Subject) -> Check:
     prompts whose samples repeat each other one sample counts.
     """
     subject.awake()
-    for draw, (asked, odd) in enumerate(OF_LARGE if subject.large else SAMPLED):
-        told = _drawn(subject, asked, draw)
+    for draw, (asked, each, odd) in enumerate(OF_LARGE if subject.large else SAMPLED):
+        told = _drawn(subject, asked, each, draw)
         if abs(told.worst) <= odd:
             break
     p = min(1.0, chance.normal_tail(told.worst) * len(told.off))
@@ -87,19 +87,18 @@ class Drawn:
         return float(self.due[self.rank + 1 :].sum())
 
 
-def _drawn(subject: Subject, asked: int, draw: int) -> Drawn:
-    """Of 16 completions each of so many prompts, drawn anew; or of one each, where samples repeat."""
+def _drawn(subject: Subject, asked: int, each: int, draw: int) -> Drawn:
+    """Of so many prompts and so many samples of each, drawn anew; or of one each, where samples repeat."""
     prompts = subject.rendered(PromptStream(subject.task.train, subject.config.seed + 1).take(asked))
-    made = subject.generate(prompts, 16, step=STEP + 10 * (draw + 1))
-    batch = batch_of(prompts, made[::16] if subject.facts.get("repeats", False) else made)
+    made = subject.generate(prompts, each, step=STEP + 10 * (draw + 1))
+    batch = batch_of(prompts, made[::each] if subject.facts.get("repeats", False) else made)
     first, *others = (_counted(subject, part) for part in _in_parts(subject, batch))
     return sum(others, first)
 
 
 def _in_parts(subject: Subject, batch: Batch) -> Iterator[Batch]:
-    """Rows whose tables of logits are made at once; of a large model only the first of them."""
-    size = len(few_rows(subject, batch))
-    for rows in torch.arange(len(batch)).split(size)[: 1 if subject.large else None]:
+    """Rows whose tables of logits are made at once."""
+    for rows in torch.arange(len(batch)).split(len(few_rows(subject, batch))):
         yield batch.rows(rows)
 
 
@@ -131,11 +130,11 @@ def _ranked(probs: Tensor) -> tuple[Tensor, Tensor]:
 def unique(subject: Subject) -> Check:
     """Equal completions of one prompt, in one step and in the next, against how often they must be equal by chance."""
     subject.awake()
-    prompts = subject.rendered(PromptStream(subject.task.train, subject.config.seed).take(16))
+    prompts = subject.rendered(PromptStream(subject.task.train, subject.config.seed).take(4 if subject.large else 16))
     made, later = (subject.generate(prompts, 8, step=STEP + offset) for offset in (2, 4))
     same = sum(torch.equal(a.token_ids, b.token_ids) for a, b in zip(made, later, strict=True))
     due = sum(map(_chance_of, made))
-    if chance.more_than_expected(*_repeats(made)[:2]) < ALSO:
+    if chance.more_than_expected(*_repeats(made)[:2]) < ALSO and not subject.large:
         prompts = subject.rendered(PromptStream(subject.task.train, subject.config.seed + 2).take(64))
         made = subject.generate(prompts, 8, step=STEP + 5)
     again, expected, distinct = _repeats(made)
