@@ -30,8 +30,9 @@ def gap(subject: Subject) -> Check:
     if (skip := unsteady(subject, "gap")) is not None:
         return skip
     subject.awake()
-    prompts = subject.rendered(PromptStream(subject.task.train, subject.config.seed).take(8))
-    batch = batch_of(prompts, subject.generate(prompts, 8))
+    number = 4 if subject.large else 8
+    prompts = subject.rendered(PromptStream(subject.task.train, subject.config.seed).take(number))
+    batch = batch_of(prompts, subject.generate(prompts, number))
     cuts = micro_batches(batch, subject.config.train.micro_batch_tokens)
     seen = look(subject.policy, batch, cuts, subject.sampling.temperature)
     floor = noise_floor(subject.policy, batch, seen.logp, subject.sampling.temperature)

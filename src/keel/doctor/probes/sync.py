@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from keel.doctor.catalogue import fault
@@ -9,9 +11,10 @@ from keel.doctor.finding import Check, Finding
 from keel.doctor.probes.forward import unsteady
 from keel.doctor.probes.gap import batch_of, gap, largest_gap
 from keel.doctor.subject import Subject
-from keel.types import Prompt
+from keel.types import Prompt, Sampling
 
 SYNCS = 3  # in a row
+SHORT = 16  # tokens of a completion of a large model
 
 
 def sync(subject: Subject) -> Check:
@@ -27,7 +30,7 @@ def sync(subject: Subject) -> Check:
     names = list(subject.trainer.parameters)
     with subject.kept():
         subject.awake()
-        subject.generate(known, 4)  # whatever is kept of these is kept from the old weights
+        subject.generate(known, 4, _short(subject))  # whatever is kept of these is kept from the old weights
         after = []
         for number in range(SYNCS):
             _moved(subject, names, number)
@@ -93,5 +96,10 @@ def _gap_after(subject: Subject, prompts: list[Prompt]) -> float:
     subject.trainer.step += 1
     subject.fresh = False
     subject.awake()
-    batch = batch_of(prompts, subject.generate(prompts, 4))
+    batch = batch_of(prompts, subject.generate(prompts, 4, _short(subject)))
     return largest_gap(subject, subject.look(batch), batch)
+
+
+def _short(subject: Subject) -> Sampling:
+    """Of a large model a few tokens tell as much as many do: weights that were moved hardly ever end an answer."""
+    return replace(subject.sampling, max_completion_tokens=min(subject.cap, SHORT)) if subject.large else subject.sampling
