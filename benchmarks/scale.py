@@ -54,11 +54,14 @@ class Training:
     """A run that is taken forward some steps at a time."""
 
     def __init__(self, config: RunConfig):
+        import torch
+
         from keel.models.load import load_policy
         from keel.rollout.local import LocalEngine
         from keel.tasks.task import get_task
         from keel.training.loop import Trainer, iterate
 
+        torch.set_num_threads(config.train.threads)  # in every process that has one: a second thread only waits, and is counted
         policy = load_policy(config.model, seed=config.seed)
         self.trainer = Trainer(policy, LocalEngine(policy), get_task(config.task), config.chosen(), config)
         self.steps = iterate(self.trainer)

@@ -1,6 +1,10 @@
 """The simulator against sums that can be done by hand, and what more workers can and cannot do."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
+import torch
 
 from keel.scale.simulate import RAY_WORKER, Costs, Plan, simulate
 from keel.scale.traffic import TOKEN_BYTES, broadcast_s, traffic
@@ -42,6 +46,30 @@ def test_a_crowd_slows_whoever_is_at_work():
     turn = simulate(Plan(32, 8, cores=(1.0,)), COSTS, ALIKE).step_s
     assert alone < crowd and crowd == pytest.approx(turn, rel=0.02)  # two that share one core gain nothing from each other
     assert simulate(Plan(32, 8, cores=(0.5,)), COSTS, ALIKE).step_s == pytest.approx(2 * turn)  # others take half of it
+
+
+def test_idle_cores_are_free():
+    """Even to a nice worker: it gives way where somebody else wants the core, and nowhere else."""
+    apart, nice = (
+        simulate(Plan(32, 8, bound=2, cores=cores, worker_weight=weight), COSTS, ALIKE).step_s
+        for cores, weight in [((float("inf"),), 1.0), ((1.0, 2.0), RAY_WORKER)]
+    )
+    assert nice == pytest.approx(apart)
+    busy = simulate(Plan(32, 8, bound=2, cores=(1.0,), worker_weight=RAY_WORKER), COSTS, ALIKE).step_s
+    assert busy == pytest.approx(simulate(Plan(32, 8, cores=(1.0,)), COSTS, ALIKE).step_s, rel=0.02)  # work is work
+
+
+def test_what_is_measured_computes_with_one_thread_in_every_process():
+    """A second one only waits for the first, and what it waits would count as work that a crowd makes longer."""
+    spec = importlib.util.spec_from_file_location("scale", Path(__file__).parents[2] / "benchmarks" / "scale.py")
+    spec.loader.exec_module(scale := importlib.util.module_from_spec(spec))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        scale.Training(scale.config_of(1)).trainer.close()
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_shares_of_cores():
