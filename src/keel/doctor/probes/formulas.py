@@ -207,7 +207,7 @@ def _std(values: Float[Tensor, " n"], ddof: int) -> Tensor:
 
 
 class AdamW:
-    """A few steps from the weights as they are, without moments yet.
+    """A few steps of some weights, without moments yet; gradients are cut to their norm with those of all others.
 
     Source: Loshchilov and Hutter, arXiv 1711.05101. Differs from it: in nothing.
     """
@@ -223,14 +223,13 @@ class AdamW:
         self.steps += 1
         norm = sum(float(g.double().square().sum()) for g in gradient.values() if g is not None) ** 0.5
         shrunk = train.max_grad_norm / norm if train.max_grad_norm is not None and norm > train.max_grad_norm else 1.0
-        for name, g in gradient.items():
-            if g is None:
+        for name, w in self.weights.items():
+            if gradient[name] is None:
                 continue
-            g = shrunk * g.double()
+            g = shrunk * gradient[name].double()
             self.first[name] = b1 * self.first[name] + (1 - b1) * g
             self.second[name] = b2 * self.second[name] + (1 - b2) * g.square()
             size = (self.second[name] / (1 - b2**self.steps)).sqrt() + train.eps
-            w = self.weights[name]
             self.weights[name] = w - rate * train.weight_decay * w - rate * self.first[name] / (1 - b1**self.steps) / size
         return torch.cat([w.flatten() for w in self.weights.values()])
 

@@ -6,6 +6,7 @@ import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from keel.training import checkpoint, loop
 from keel.types import Batch
 
 Vector = Float[Tensor, " n"]
+WATCHED = 2e6  # numbers, of the smallest tensors, that are held against the optimizer's formula
 
 
 def non_finite(subject: Subject) -> Check:
@@ -63,14 +65,16 @@ def census(subject: Subject) -> Check:
     with subject.kept():
         start = {name: p.detach().clone() for name, p in trainer.parameters.items()}
         told: dict[str, bool] = dict.fromkeys(start, False)
-        by_hand = AdamW(trainer.config.train, trainer.parameters)
+        watched = _smallest(start, WATCHED)
+        by_hand = AdamW(trainer.config.train, {name: start[name] for name in watched})
         for _ in range(2):
             step = subject.gradient(batch)
             for name, gradient in step.gradient.items():
                 told[name] |= gradient is not None and bool(gradient.any())
             expected = by_hand.step(step.gradient, float(step.metrics["train/lr"]))
             loop._update(trainer, batch, trainer.objective.prepare(batch, subject.cap))
-            off = apart(_flat(trainer.parameters) - _flat(start), expected - _flat(start))
+        begun, ended = (_flat({name: tensors[name] for name in watched}) for tensors in (start, trainer.parameters))
+        off = apart(ended - begun, expected - begun)
         after = float(subject.look(batch)[batch.mask].mean())
         moved = {name: float((p.detach() != start[name]).double().mean()) for name, p in trainer.parameters.items()}
     held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
@@ -85,7 +89,8 @@ def census(subject: Subject) -> Check:
         findings.append(Finding(fault("K153"), says, float(len(silent)), 0.0, evidence={"tensors": silent[:20]}))
     if still:
         findings.append(_unmoved(subject, still, moved))
-    if not findings and off > (floor := _rounding_of_steps(start, expected)):
+    floor = _rounding_of_steps({name: start[name] for name in watched}, expected - begun)
+    if not findings and off > floor:
         says = f"after two steps weights are {off:.1e} of the way from where AdamW's formula takes them; rounding is {floor:.1e}"
         findings.append(Finding(fault("K124"), says, off, floor))
     findings += _of_the_rate(subject, after)
@@ -98,10 +103,17 @@ def _flat(tensors: Mapping[str, Tensor]) -> Vector:
     return torch.cat([t.detach().double().flatten() for t in tensors.values()])
 
 
-def _rounding_of_steps(start: Mapping[str, Tensor], expected: Vector) -> float:
+def _smallest(tensors: Mapping[str, Tensor], most: float) -> list[str]:
+    """As many of them, the smallest first, as have so many numbers together."""
+    names = sorted(tensors, key=lambda name: tensors[name].numel())
+    sizes = accumulate(tensors[name].numel() for name in names)
+    return [name for name, size in zip(names, sizes, strict=True) if size <= most] or names[:1]
+
+
+def _rounding_of_steps(start: Mapping[str, Tensor], way: Vector) -> float:
     """How far rounding of stored weights may take them off their way, as a share of it."""
     stored = torch.cat([(t.detach().double().abs() * _spacing(t)).flatten() for t in start.values()])
-    return 1e-3 + 2 * float(stored.norm() / (expected - _flat(start)).norm().clamp(min=1e-300))
+    return 1e-3 + 2 * float(stored.norm() / way.norm().clamp(min=1e-300))
 
 
 def schedule(subject: Subject) -> Check:
