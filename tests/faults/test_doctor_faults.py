@@ -14,6 +14,7 @@ from keel.config import load_config
 from keel.doctor.probes import PROBES, ask
 from keel.doctor.subject import Subject
 from keel.doctor.verdict import weigh
+from keel.objectives.recipes import RECIPES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {"task": "arithmetic:medium?train_size=600&test_size=200"}
@@ -133,6 +134,13 @@ def test_a_fault_is_found_where_it_is(name):
     diagnosis = with_faults(name, probes=FOUND_BY[name])
     assert diagnosis.verdicts == (SEEDED[name].part,), [finding.says for finding in diagnosis.findings]
     assert any(SEEDED[name].component.lower() in found for found in components(diagnosis)), components(diagnosis)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_computes_what_its_formula_says(recipe):
+    subject = Subject.of(load_config(recipe, SMALL))
+    (check,) = ask(subject, ["formula"])
+    assert check.holds and "weights of tokens in the loss within" in check.says, (check.says, check.skipped)
 
 
 def test_the_tensor_that_did_not_arrive_is_named():

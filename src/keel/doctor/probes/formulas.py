@@ -126,7 +126,7 @@ RATIOS: dict[object, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def _clip(s: surrogates.Clip, ratio: Tensor, up: Tensor) -> Tensor:
+def _clip(s: surrogates.Clip | surrogates.MiniRL, ratio: Tensor, up: Tensor) -> Tensor:
     """r where neither a right token is beyond 1 + ε_high nor a wrong one below 1 − ε_low."""
     return torch.where(up, ratio * (ratio <= 1 + s.clip_high), ratio * (ratio >= 1 - s.clip_low))
 
