@@ -201,5 +201,11 @@ TASKS = {  # fault: how, part, component, museum, settings
     "held-out questions with other spaces": (file_with(_overlap_spaced), "data", "overlap", "F65", {}),
     "a tenth of the questions twice, with other golds": (file_with(_conflicting), "data", "conflicting|gold", "F66", {}),
     "sums of nine terms": (terms(9), "difficulty", "base", "F68", {}),
-    "nothing left to learn": (nothing, "difficulty", "base", "F68", {"task": "skills:reverse", "sampling.temperature": 0.1}),
+    "a temperature that leaves nothing to learn": (  # at 1, groups of the same questions are live
+        nothing,
+        "settings",
+        "temperature",
+        "F68",
+        {"task": "skills:reverse", "sampling.temperature": 0.1},
+    ),
 }

@@ -333,7 +333,7 @@ def some_differ(batch: Batch) -> bool:
     return len(torch.cat((batch.group[:, None], batch.tokens), 1).unique(dim=0)) > len(batch.group.unique())
 
 
-def apart(a: Float[Tensor, " n"], b: Float[Tensor, " n"]) -> float:
+def apart(a: Float[Tensor, " n"], b: Float[Tensor, " m"]) -> float:
     """‖a − b‖ / ‖b‖; infinite where one has what the other lacks, or is not finite."""
     if a.shape != b.shape:
         return float("inf")
