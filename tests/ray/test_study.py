@@ -86,11 +86,16 @@ def test_it_waits_for_a_cpu_and_ctrl_c_saves_what_runs_and_leaves_the_cluster(tm
     def interrupt() -> None:
         until(lambda: len(measured(job.out)) > 3, 300)
         os.kill(os.getpid(), signal.SIGINT)
+        while not ended.wait(5) and not any(text.startswith("Stopping") for text in said):
+            os.kill(os.getpid(), signal.SIGINT)  # what came in a callback of Ray's was lost there
 
-    stopper = threading.Thread(target=interrupt)
+    ended, stopper = threading.Event(), threading.Thread(target=interrupt)
     stopper.start()
-    with pytest.raises(KeyboardInterrupt):
-        run_jobs([job], 1, say, "auto")
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_jobs([job], 1, say, "auto")
+    finally:
+        ended.set()
     stopper.join()
     assert any(text.startswith("Waiting") for text in said) and said[-1].startswith("Stopping")
     assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
