@@ -48,8 +48,8 @@ def copies(subject: Subject) -> Check:
     if leaked:
         says = f"{leaked} training rows ask what is held out for evaluation"
         findings.append(Finding(fault("K364"), says, float(leaked), 0.0))
-    if (held_says := _holds_its_answer(train, test)) and not leaked:
-        findings.append(held_says)
+    if not leaked and (holds := _holds_its_answer(train, test)) is not None:
+        findings.append(holds)
     if due >= 1.0 and not torn:
         says = f"{len(train)} rows are {len(by_text)} questions: a batch of {per_batch} prompts holds {due:.1f} pairs of copies"
         findings.append(Finding(fault("K365"), says, due, 1.0))

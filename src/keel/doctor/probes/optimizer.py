@@ -49,14 +49,9 @@ def census(subject: Subject) -> Check:
     """Two real steps: every tensor that should train gets a gradient, and its stored bits change."""
     if (skip := subject.blocked("census", "advantage", "gradient")) is not None:
         return skip
+    if (why := _no_choice(subject)) is not None:
+        return Check("census", "", skipped=why)
     trainer, batch = subject.trainer, subject.batch
-    mask = trainer.objective.prepare(batch, subject.cap).mask
-    if batch.kept is not None and not ((batch.kept.sum(-1) > 1) & mask).any():
-        return Check(
-            "census", "no token was a choice", skipped="truncated sampling left one token everywhere: no weight can matter"
-        )
-    if not some_differ(batch):
-        return Check("census", "", skipped="in no group there are two different completions, so no weight can matter")
     left_out = [name for name, p in subject.policy.model.named_parameters() if not p.requires_grad]
     findings = []
     if left_out and subject.config.lora is None:
@@ -97,6 +92,15 @@ def census(subject: Subject) -> Check:
     changed = sum(share for share in moved.values()) / len(moved)
     says = f"all {len(moved)} trained tensors get a gradient, and {changed:.1%} of their numbers change in two steps"
     return Check("census", findings[0].says if findings else says, tuple(findings))
+
+
+def _no_choice(subject: Subject) -> str | None:
+    """Why no weight can matter to this batch; None where one can."""
+    batch = subject.batch
+    mask = subject.trainer.objective.prepare(batch, subject.cap).mask
+    if batch.kept is not None and not ((batch.kept.sum(-1) > 1) & mask).any():
+        return "truncated sampling left one token everywhere, so no weight can matter"
+    return None if some_differ(batch) else "in no group there are two different completions, so no weight can matter"
 
 
 def _flat(tensors: Mapping[str, Tensor]) -> Vector:

@@ -108,15 +108,10 @@ def of_golds(task: Task, prompts: Sequence[Prompt]) -> tuple[Check, Accuracy | N
     says = f"{told.right} of {told.gold} gold answers are right, and {told.wrong} of {told.cross} other rows' gold answers"
     if differ(scores, single):
         return Check("gold", f"{says}; graded one by one {alone.right} and {alone.wrong}; see threads", ()), told
-    lost = [p for p, score in zip(prompts, scores, strict=False) if not _taken(score)]
-    if (
-        told.fpr > 0.5
-        and told.right
-        and not costly(task)
-        and not any(_taken(task.reward(p, task.gold(o) + " ", "stop")) for p, o in pairs[:16])
-    ):
+    if told.fpr > 0.5 and told.right and not costly(task) and not any(_takes(task, p, task.gold(o) + " ") for p, o in pairs[:16]):
         says = f"{says}; but none of 16 of them with a space behind it, which was never graded before: it remembers verdicts"
         return Check("gold", says, (Finding(fault("K485"), says, told.fpr, 0.0),)), told
+    lost = [p for p, score in zip(prompts, scores, strict=False) if not _taken(score)]
     return Check("gold", says, tuple(_of_accuracy(task, told, says, _read_otherwise(task, lost)))), told
 
 
@@ -124,11 +119,16 @@ def _read_otherwise(task: Task, lost: Sequence[Prompt]) -> bool:
     """Whether most gold answers that are not taken are, once there is a space or an empty line more: then it is not those rows."""
     if not lost or costly(task):
         return False
-    ways = [[task.gold(p) + "\n", " " + task.gold(p), task.gold(p) + " \n"] for p in lost]
-    return (
-        sum(any(_taken(task.reward(p, text, "stop")) for text in texts) for p, texts in zip(lost, ways, strict=True))
-        > len(lost) / 2
-    )
+    texts = [(p, (task.gold(p) + "\n", " " + task.gold(p), task.gold(p) + " \n")) for p in lost]
+    return sum(any(_takes(task, p, text) for text in ways) for p, ways in texts) > len(lost) / 2
+
+
+def _takes(task: Task, prompt: Prompt, text: str) -> bool:
+    """Whether a text is right; one on which the reward raises is not, and `junk` tells of it."""
+    try:
+        return _taken(task.reward(prompt, text, "stop"))
+    except Exception:
+        return False
 
 
 def _taken(score: Score) -> bool:
