@@ -13,7 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 import two_ranks  # noqa: E402
-from launching import ENVIRONMENT, ranks_of, torchrun  # noqa: E402
+from launching import ENVIRONMENT, HERE, ranks_of, torchrun  # noqa: E402
 from stored import make_policy  # noqa: E402
 
 from keel.training import checkpoint  # noqa: E402
@@ -145,6 +145,14 @@ def test_a_rank_that_died_is_not_waited_for(tmp_path):
     assert codes == [2, 0], "\n".join(said)
     assert "lost one another" in said[0]
     assert float((tmp_path / "waited").read_text()) < 30, time.monotonic() - begin
+
+
+def test_a_process_that_ends_is_not_taken_down_by_what_it_sent_last(tmp_path):
+    """Without waiting for gloo to let go, two to five of these twelve pairs aborted."""
+    done = subprocess.run(
+        [sys.executable, str(HERE / "they_leave.py"), str(tmp_path)], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
 
 
 SMALL = [

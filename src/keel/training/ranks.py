@@ -10,6 +10,7 @@ All ranks come to each of these in the same order, since they decide everything 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -181,8 +182,10 @@ def joined(parallel: str, device: str, timeout_s: float, *, resuming: bool = Fal
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
         with _lost_ranks():
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), parallel == "fsdp")
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), parallel == "fsdp")
+        yield ranks
+        ranks.gather(lambda: None)  # whatever was exchanged last, this is later, and leaves nothing behind
     finally:
         if began:
             dist.destroy_process_group()
@@ -220,15 +223,25 @@ def _card() -> int:
 def _exchange(data: bytes, size: int) -> list[Any]:
     """Bytes of every rank, read."""
     mine = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    lengths = [torch.zeros(1, dtype=torch.long) for _ in range(size)]
+    length, lengths = torch.tensor([len(mine)]), [torch.zeros(1, dtype=torch.long) for _ in range(size)]
     with _lost_ranks():
-        dist.all_gather(lengths, torch.tensor([len(mine)]))
+        dist.all_gather(lengths, length)
         longest = max(int(length) for length in lengths)
         padded = torch.zeros(longest, dtype=torch.uint8)
         padded[: len(mine)] = mine
         out = [torch.empty(longest, dtype=torch.uint8) for _ in range(size)]
         dist.all_gather(out, padded)
+    _let_go((length, *lengths, padded, *out))
     return [loads(part[: int(length)].numpy().tobytes()) for part, length in zip(out, lengths, strict=True)]
+
+
+def _let_go(tensors: Sequence[Tensor], limit_s: float = 1.0) -> None:
+    """Wait until nobody else holds these. A thread of gloo's keeps what it sent a moment longer than the call that waited for it.
+    Where it is the last to let go it needs the interpreter for that, and takes the process down if this one is ending.
+    """
+    end = time.monotonic() + limit_s
+    while any(tensor._use_count() > 1 for tensor in tensors) and time.monotonic() < end:
+        time.sleep(0)
 
 
 @contextmanager
