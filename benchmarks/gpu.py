@@ -37,6 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     told: dict[str, Any] = {"when": when, "machine": machine(options.device)}
     told["correctness"] = correctness(work)
+    told["decoding"] = decoding(work, options.pairs)
     told["speed"] = speed(work, options.steps)
     if options.trl:
         told["trl"] = against_trl(work, options.pairs)
@@ -152,6 +153,43 @@ def right(found: dict[str, Any]) -> bool:
     return max(errors) <= LOGP_BOUND and max(found["gradients"].values()) <= GRADIENT_BOUND
 
 
+# ── decoding ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def decoding(work: Work, pairs: int) -> dict[str, Any]:
+    """Tokens a second that the engine samples, with its steps captured as graphs and launched kernel by kernel, in turn; and how
+    many of their tokens are the same. On a CPU nothing is captured.
+    """
+    from keel.models.load import load_policy
+    from keel.rollout.engine import Seed
+    from keel.rollout.local import LocalEngine
+    from keel.rollout.numerics import Numerics
+    from keel.tasks.task import get_task
+    from keel.types import Sampling
+
+    policy, numerics = load_policy(work.model, device=work.device), Numerics(work.dtype)
+    sampling = Sampling(max_completion_tokens=work.cap)
+    prompts = [policy.template.render(prompt, policy.tokenizer) for prompt in get_task(work.task).train[: work.prompts]]
+    engines = {name: LocalEngine(policy, numerics=numerics, eager=name == "eager") for name in ("captured", "eager")}
+    rates: dict[str, list[float]] = {name: [] for name in engines}
+    same, count = 0, 0
+    for number in range(pairs + 1):
+        made = {}
+        for name in ("captured", "eager") if number % 2 else ("eager", "captured"):
+            synchronise(work.device)
+            begin = time.perf_counter()
+            made[name] = engines[name].generate(prompts, sampling, Seed(SEED, number), work.group_size)
+            synchronise(work.device)
+            rates[name].append(sum(len(each.token_ids) for each in made[name]) / (time.perf_counter() - begin))
+        for one, other in zip(made["captured"], made["eager"], strict=True):
+            width = min(len(one.token_ids), len(other.token_ids))
+            same += int((one.token_ids[:width] == other.token_ids[:width]).sum())
+            count += max(len(one.token_ids), len(other.token_ids))
+    told: dict[str, Any] = {f"{name}_tokens_per_s": statistics.median(found[1:]) for name, found in rates.items()}
+    ratios = [a / b for a, b in zip(rates["captured"][1:], rates["eager"][1:], strict=True)]
+    return told | {"captures": engines["captured"].captures, "ratio": statistics.median(ratios), "same_tokens": same / count}
+
+
 # ── speed ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -258,6 +296,7 @@ def in_words(work: Work, told: dict[str, Any]) -> str:
         ("log-probabilities", f"{errors} (bound {LOGP_BOUND:g})"),
         ("engine gap", f"{found['gap_max_abs_nats']:.1e} nats at most"),
         ("gradients", f"{gradients} of their norm (bound {GRADIENT_BOUND:g})"),
+        ("decoding", _of_decoding(told["decoding"])),
         ("step", f"{fast['step_s']:.3f} s, {size}, products in {work.dtype}"),
         ("tokens", rates),
         ("training", share),
@@ -266,6 +305,14 @@ def in_words(work: Work, told: dict[str, Any]) -> str:
     ]
     title = f"{work.model} on {where.get('card', where['device'])}, torch {where['torch']}"
     return f"\n**{title}**\n\n" + table([("", "measured"), *lines])
+
+
+def _of_decoding(drawn: dict[str, Any]) -> str:
+    plain = f"{drawn['eager_tokens_per_s']:,.0f}"
+    if not drawn["captures"]:
+        return f"{plain} tokens a second; nothing is captured on a CPU"
+    speeds = f"{drawn['captured_tokens_per_s']:,.0f} tokens a second captured, {plain} kernel by kernel"
+    return f"{speeds}: {drawn['ratio']:.2f} ×; {drawn['same_tokens']:.1%} of the tokens are the same"
 
 
 def _of_trl(trl: dict[str, Any]) -> list[tuple[str, str]]:

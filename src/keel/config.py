@@ -196,10 +196,17 @@ class EngineSettings(Section):
     routed_experts: bool = Field(
         False, description="vLLM says where tokens of a mixture went, for R3; the local engine always does"
     )
+    enforce_eager: bool | None = Field(
+        None, description="launch kernel by kernel; none = only on a CPU: on a card, decoding steps are captured as CUDA graphs"
+    )
     kv_cache_gb: float = Field(1.0, gt=0, description="memory of vLLM's keys and values")
     max_model_len: int | None = Field(
         None, ge=2, description="longest prompt + completion that vLLM makes room for; none = the model's"
     )
+
+    def eager_on(self, device: str) -> bool:
+        """Whether steps are launched kernel by kernel on a device of this type."""
+        return device != "cuda" if self.enforce_eager is None else self.enforce_eager
 
     @model_validator(mode="after")
     def _one_rounding(self) -> EngineSettings:

@@ -102,7 +102,7 @@ def test_every_field_of_sampling_is_sent():
 
 
 def test_vllm_is_started_without_generation_config_and_with_processed_log_probabilities(tmp_path):
-    fields = engine_fields(tmp_path, 256, EngineSettings(name="vllm", format="bf16", kv_cache_gb=0.5))
+    fields = engine_fields(tmp_path, 256, EngineSettings(name="vllm", format="bf16", kv_cache_gb=0.5), True)
     assert fields["generation_config"] == "vllm" and fields["logprobs_mode"] == "processed_logprobs"
     assert fields["dtype"] == "bfloat16" and fields["kv_cache_memory_bytes"] == 2**29
 

@@ -17,7 +17,8 @@ def local(settings: EngineSettings, policy: Policy) -> Engine:
 
     hidden = {"temperature": settings.hidden_temperature, "top_p": settings.hidden_top_p}
     given = {name: value for name, value in hidden.items() if value is not None}
-    return LocalEngine(policy, numerics=Numerics.of(settings), sync_every=settings.sync_every, hidden=given)
+    numerics, eager = Numerics.of(settings), settings.eager_on(policy.device.type)
+    return LocalEngine(policy, numerics=numerics, sync_every=settings.sync_every, hidden=given, eager=eager)
 
 
 def vllm(settings: EngineSettings, policy: Policy) -> Engine:

@@ -21,6 +21,7 @@ from keel.models.decoder import Router, supports
 from keel.models.lora import plain_shapes
 from keel.models.policy import Policy
 from keel.models.routing import UNKNOWN
+from keel.rollout.capture import cuda_graphs
 from keel.rollout.engine import Seed, checksum
 from keel.rollout.numerics import EXACT, Numerics, RouterNoise
 from keel.rollout.sampling import distribution, draw, uniforms
@@ -37,6 +38,7 @@ class LocalEngine:
         numerics: in which arithmetic it computes; the trainer's own unless given.
         sync_every: only every so many-th load is taken; tokens in between carry the version that truly sampled them.
         hidden: sampling parameters that it uses instead of those asked for, and does not tell: {"temperature": 0.7}.
+        eager: on a CUDA card too, launch kernel by kernel; otherwise decoding steps are captured as graphs.
     """
 
     def __init__(
@@ -47,12 +49,14 @@ class LocalEngine:
         numerics: Numerics = EXACT,
         sync_every: int = 1,
         hidden: Mapping[str, float] | None = None,
+        eager: bool = False,
     ):
         compact = supports(policy.base.config)
         numerics.check(policy.name, compact, compact and Router.of(policy.base.config) is not None)
         self.policy, self.max_branches = policy, max_branches
         self.numerics, self.sync_every, self.hidden = numerics, sync_every, dict(hidden or {})
         self.noise = RouterNoise(numerics.router_noise) if numerics.router_noise else None
+        self.captures = policy.device.type == "cuda" and compact and not eager and self.noise is None  # which is drawn on the host
         self.version, self.behind, self.held = -1, 0, {}
         self.renew: Callable[[], bool] | None = None  # asked between tokens: loads newer weights, if there are any
         self.take(policy.weights(), 0)
@@ -84,7 +88,8 @@ class LocalEngine:
         base = self.policy.base
         self.forward = None  # the old copy leaves before the new one is made: never two in memory
         if supports(base.config):
-            self.forward = FusedForward(base.config, weights, base.model.rotary_emb.inv_freq, self.numerics, self.noise)
+            record, inv_freq = cuda_graphs() if self.captures else None, base.model.rotary_emb.inv_freq
+            self.forward = FusedForward(base.config, weights, inv_freq, self.numerics, self.noise, record)
         else:
             self.forward = TransformersForward(_twin(base, self.numerics.weights(weights), self.numerics.dtype))
         self.version, self.behind, self.checksum = version, 0, checksum(weights)
@@ -101,7 +106,8 @@ class LocalEngine:
         """For the manifest: which engine, and what it takes from nowhere but the run's own sampling parameters."""
         kind = type(self.forward).__name__
         plain = {"engine": "local", "forward": kind, "max_branches": self.max_branches, "generation_config": "ignored"}
-        return plain | {"numerics": self.numerics.describe(), "sync_every": self.sync_every, "hidden": self.hidden}
+        own = {"numerics": self.numerics.describe(), "sync_every": self.sync_every, "hidden": self.hidden}
+        return plain | own | {"captured": self.captures}
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seed: Seed, group_size: int) -> list[Completion]:
@@ -141,24 +147,24 @@ class LocalEngine:
         ends = torch.tensor(sorted(self.policy.end_ids))
         grown = _Grown(rows, cap)
         logits = self.forward.start([p.token_ids for p in prompts], rows, cap)
+        vocabulary = logits.shape[1]
         asked = self.forward.prompt_experts  # one table a prompt, which its completions share
         row = torch.arange(rows)  # rows still growing, and the branch that each one follows
         branch = row // group_size
         for t in range(cap):
-            log_probs, kept = distribution(logits.cpu(), sampling)
-            token = draw(log_probs, branch, uniform[row, t])
-            grown.add(t, row, token, log_probs[branch, token].float(), self.version, None if kept is None else kept[branch])
+            token, logp, kept = _drawn(logits, sampling, branch, uniform[row, t])
+            grown.add(t, row, token, logp, self.version, kept)
             going = ~torch.isin(token, ends)
             row, branch, token = row[going], branch[going], token[going]
             if len(row) == 0 or t + 1 == cap:
                 break
-            key, first, follows = np.unique((branch * log_probs.shape[1] + token).numpy(), return_index=True, return_inverse=True)
+            key, first, follows = np.unique((branch * vocabulary + token).numpy(), return_index=True, return_inverse=True)
             if self.renew is not None and self.renew():  # other weights: what was written so far is read anew
                 written = [(*prompts[r // group_size].token_ids, *grown.tokens[r, : t + 1].tolist()) for r in row[first].tolist()]
                 logits = self.forward.start(written, len(row), cap - t - 1)
                 read = None if asked is None else torch.stack([table[-1] for table in self.forward.prompt_experts])
             else:
-                parents, next_token = np.divmod(key, log_probs.shape[1])
+                parents, next_token = np.divmod(key, vocabulary)
                 logits, read = self.forward.advance(parents, torch.from_numpy(next_token).to(logits.device)), self.forward.experts
             branch = torch.from_numpy(follows)
             if read is not None:
@@ -188,6 +194,16 @@ class LocalEngine:
             )
             for r, (n, stop) in enumerate(zip(lengths, stops, strict=True))
         ]
+
+
+def _drawn(logits: Tensor, sampling: Sampling, branch: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One token of each row, its log-probability, and the row's kept set (None when nothing is cut off): drawn where the logits
+    are, for only these are small.
+    """
+    branch = branch.to(logits.device)
+    log_probs, kept = distribution(logits, sampling)
+    token = draw(log_probs, branch, uniform.to(logits.device))
+    return token.cpu(), log_probs[branch, token].float().cpu(), None if kept is None else kept[branch].cpu()
 
 
 class _Grown:

@@ -9,7 +9,7 @@ experts they also say where tokens went:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from keel.models.decoder import Router, Shape, forest_attention, mixture, rotary, rotate
 from keel.models.packing import pack
 from keel.models.routing import Routers
+from keel.rollout.capture import Captured, Record, padded_columns, padded_rows
 from keel.rollout.numerics import EXACT, Numerics, RouterNoise, chunked_product, rounded
 
 PREPACK_FROM = 2**16  # numbers in a matrix from which oneDNN's own layout pays on a CPU
@@ -98,14 +99,14 @@ class _Layer:
             self.gate = own("mlp.gate.weight")
             self.gate_up_proj, self.down_proj = own("mlp.experts.gate_up_proj"), own("mlp.experts.down_proj")
 
-    def feed_forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The layer's answer, and the experts that gave it; None for a dense layer."""
+    def feed_forward(self, x: Tensor, mix: Callable[..., Tensor]) -> tuple[Tensor, Tensor | None]:
+        """The layer's answer, and the experts that gave it, mixed by `mix`; None for a dense layer."""
         if self.router is None:
             gate, up = self.gate_up(x).chunk(2, -1)
             return self.down(F.silu(gate) * up), None
         logits = chunked_product(x, self.gate) if self.split else F.linear(x, self.gate)
         weight, index, _ = self.router(logits if self.noise is None else self.noise(logits))
-        return mixture(self.gate_up_proj, self.down_proj, x, weight, index), index
+        return mix(self.gate_up_proj, self.down_proj, x, weight, index), index
 
 
 class FusedForward:
@@ -117,6 +118,7 @@ class FusedForward:
     Args:
         numerics: in which arithmetic; the trainer's own unless given.
         noise: on router logits, where it is asked for.
+        record: records a step of fixed shape, which is then launched as one (`Captured`); None = kernel by kernel.
     """
 
     def __init__(
@@ -126,8 +128,9 @@ class FusedForward:
         inv_freq: Tensor,
         numerics: Numerics = EXACT,
         noise: RouterNoise | None = None,
+        record: Record | None = None,
     ):
-        self.shape, self.inv_freq = Shape.of(config), inv_freq.float()
+        self.shape, self.inv_freq, self.record = Shape.of(config), inv_freq.float(), record
         router, own = Router.of(config), numerics.weights(weights)
         self.embedding = own["model.embed_tokens.weight"].clone()
         self.layers = [_Layer(own, depth, self.shape, router, numerics, noise) for depth in range(self.shape.layers)]
@@ -144,12 +147,14 @@ class FusedForward:
         packing = pack(table, lengths.to(device))
         size, shape = max(branches, len(prompts)), self.shape
         self.cache = self.embedding.new_zeros(shape.layers, 2, size, shape.kv_heads, width + new_tokens, shape.head_dim)
-        self.column = width
+        self.column, self.slot = width, np.arange(len(prompts))
         self.first = torch.zeros(size, dtype=torch.long, device=device)
         self.first[: len(prompts)] = (width - lengths).to(device)
-        past = torch.arange(width + new_tokens, device=device) >= self.first[:, None]
-        self.bias = torch.zeros(past.shape, device=device).masked_fill(~past, float("-inf"))
-        self.slot = np.arange(len(prompts))
+        column = torch.arange(width + new_tokens, device=device)
+        unseen = (column < self.first[:, None]) | (column >= width)  # a column is seen once something stands in it
+        self.bias = self.embedding.new_zeros(unseen.shape).masked_fill(unseen, float("-inf"))
+        self.at, self.token, self.back = (torch.zeros(n, dtype=torch.long, device=device) for n in (1, size, size))
+        self.captured = None if self.record is None else Captured(self.record)
         source = (torch.arange(width) - (width - lengths)[:, None]).clamp(min=0).to(device)
         aligned = packing.node.gather(1, source)  # right-aligned; what stands left of a prompt is masked
         x, chosen = F.embedding(packing.tokens, self.embedding), []
@@ -158,36 +163,54 @@ class FusedForward:
             q, k, v = self._qkv(layer, x, turn)
             for half, value in ((0, k), (1, v)):
                 self.cache[depth, half, : len(prompts), :, :width] = value[aligned].transpose(1, 2)
-            x, index = self._finish(layer, x, forest_attention(q, k, v, packing))
+            x, index = self._finish(layer, x, forest_attention(q, k, v, packing), mixture)
             chosen.append(index)
-        self.experts, told = None, _table(chosen)
-        self.prompt_experts = None if told is None else [told[row[:n]] for row, n in zip(packing.node, lengths, strict=True)]
+        told = _table(chosen)
+        self.experts, told = None, None if told is None else told.cpu()
+        self.prompt_experts = None if told is None else [told[row[:n]] for row, n in zip(packing.node.cpu(), lengths, strict=True)]
         last = packing.node.gather(1, (lengths - 1).to(device)[:, None])[:, 0]
         return self.head(F.rms_norm(x[last], (x.shape[-1],), self.norm, self.shape.eps))
 
     def advance(self, parents: np.ndarray, tokens: Tensor) -> Tensor:
         """Logits [U, V] after one more token on each branch."""
         self._place(parents)
-        live = len(parents)
-        order = torch.from_numpy(np.argsort(self.slot))  # slots are a permutation of 0 … live − 1
-        x, chosen = F.embedding(tokens[order], self.embedding), []
-        turn = rotary(self.column - self.first[:live], self.inv_freq, x.dtype)
-        bias = self.bias[:live, None, None, : self.column + 1].to(x.dtype)
+        live, columns = len(parents), self.column + 1
+        self.token[:live] = tokens[torch.from_numpy(np.argsort(self.slot))]  # slots are a permutation of 0 … live − 1
+        self.back.zero_()[:live] = torch.from_numpy(self.slot)
+        self.bias[:, self.column] = 0.0
+        if self.captured is None:
+            logits, told = self._step(live, columns, self.column)
+        else:
+            size, room = self.bias.shape
+            self.at.fill_(self.column)
+            logits, told = self.captured(self._step, padded_rows(live, size), padded_columns(columns, room))
+        self.column += 1
+        self.experts = None if told is None else told[:live].cpu()
+        return logits[:live]
+
+    def _step(self, rows: int, columns: int, at: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """Logits [rows, V] after the tokens in the first slots, and where these went, in the order of `back`; their keys and values
+        stand in column `at` (None: the one that the tensor of this name says), the last of `columns` that anybody sees.
+        """
+        at = self.at if at is None else at
+        x, chosen = F.embedding(self.token[:rows], self.embedding), []
+        turn = rotary(at - self.first[:rows], self.inv_freq, x.dtype)
+        bias = self.bias[:rows, None, None, :columns]
+        mix = mixture if self.captured is None else every_expert
         for depth, layer in enumerate(self.layers):
             q, k, v = self._qkv(layer, x, turn)
-            keys, values = self.cache[depth, :, :live, :, : self.column + 1]
-            keys[:, :, self.column], values[:, :, self.column] = k, v
-            q = q.view(live, self.shape.kv_heads, -1, self.shape.head_dim)  # queries of one kv head, as if of one sequence
-            x, index = self._finish(layer, x, attend_once(q, keys, values, bias).reshape(live, -1))
+            keys, values = self.cache[depth, :, :rows, :, :columns]
+            _put(keys, at, k), _put(values, at, v)
+            q = q.view(rows, self.shape.kv_heads, -1, self.shape.head_dim)  # queries of one kv head, as if of one sequence
+            x, index = self._finish(layer, x, attend_once(q, keys, values, bias).reshape(rows, -1), mix)
             chosen.append(index)
-        self.column += 1
-        back, told = torch.from_numpy(self.slot), _table(chosen)
-        self.experts = None if told is None else told[back]
-        return self.head(F.rms_norm(x, (x.shape[-1],), self.norm, self.shape.eps)[back])
+        back, told = self.back[:rows], _table(chosen)
+        logits = self.head(F.rms_norm(x, (x.shape[-1],), self.norm, self.shape.eps).index_select(0, back))
+        return logits, None if told is None else told.index_select(0, back)
 
     def finish(self) -> None:
         """Free the cache."""
-        del self.cache, self.bias, self.first, self.slot
+        del self.captured, self.cache, self.bias, self.first, self.slot, self.token, self.back, self.at
 
     def _place(self, parents: np.ndarray) -> None:
         """Give every branch a slot below `len(parents)`, copying as few caches as there are new siblings and moved branches."""
@@ -216,16 +239,34 @@ class FusedForward:
         qk = rotate(qk, *turn)
         return qk[:, : shape.heads], qk[:, shape.heads :], qkv[:, both:]
 
-    def _finish(self, layer: _Layer, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _finish(self, layer: _Layer, x: Tensor, attended: Tensor, mix: Callable[..., Tensor]) -> tuple[Tensor, Tensor | None]:
         x = x + layer.o(attended)
-        out, chosen = layer.feed_forward(F.rms_norm(x, (x.shape[-1],), layer.norm_out, self.shape.eps))
+        out, chosen = layer.feed_forward(F.rms_norm(x, (x.shape[-1],), layer.norm_out, self.shape.eps), mix)
         return x + out, chosen
 
 
 def _table(chosen: Sequence[Tensor | None]) -> Tensor | None:
     """Experts of all layers as [N, layers, k], small integers; None for a dense model."""
     heard = [index for index in chosen if index is not None]
-    return torch.stack(heard, 1).to(torch.int16).cpu() if heard else None
+    return torch.stack(heard, 1).to(torch.int16) if heard else None
+
+
+def _put(cache: Tensor, at: int | Tensor, value: Tensor) -> None:
+    """Write one column of a cache [rows, kv heads, columns, head_dim]: by its number, or by a tensor [1] that holds it."""
+    if isinstance(at, int):
+        cache[:, :, at] = value
+    else:
+        cache.index_copy_(2, at, value[:, :, None])
+
+
+def every_expert(gate_up: Tensor, down: Tensor, x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+    """`mixture`, with every expert computing every token, and weight 0 for those not chosen: more products, and no shape that
+    depends on where tokens go. A step of few tokens has to read all experts in any case.
+    """
+    share = torch.zeros(len(x), len(gate_up), dtype=weight.dtype, device=x.device).scatter(1, index, weight)
+    gate, up = F.linear(x, gate_up.flatten(0, 1)).unflatten(1, gate_up.shape[:2]).chunk(2, -1)
+    inner = F.silu(gate) * up * share[..., None]
+    return torch.bmm(inner.transpose(0, 1), down.mT).sum(0)
 
 
 def attend_once(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
@@ -277,4 +318,4 @@ class TransformersForward:
                 logits_to_keep=1,
             )
         self.cache = out.past_key_values
-        return out.logits[:, -1].float(), None if heard is None else _table(heard.chosen)
+        return out.logits[:, -1].float(), None if heard is None else _table(heard.chosen).cpu()

@@ -65,6 +65,7 @@ class VllmEngine:
         if settings.routed_experts:
             refuse_routed_experts(policy.device.type)
         self.policy, self.settings, self.dtype = policy, settings, DTYPES[settings.format]
+        self.eager = settings.eager_on(policy.device.type)
         self.context = min(policy.context, settings.max_model_len or policy.context)
         self.version, self.awake, self.dead = -1, False, ""
         self.processes: list[Any] = []
@@ -148,7 +149,7 @@ class VllmEngine:
             "kv_cache_gb": self.settings.kv_cache_gb,
             "logprobs_mode": "processed_logprobs",
             "prefix_caching": "emptied at every sync",
-            "enforce_eager": True,
+            "enforce_eager": self.eager,
             "generation_config": "ignored",
             "probe_max_abs_nats": self.gap,
             "tensors_not_read_back": list(self.unread),
@@ -175,7 +176,7 @@ class VllmEngine:
         before = set(multiprocessing.active_children())
         try:
             write_architecture(self.policy, folder)
-            return self.vllm.LLM(**engine_fields(folder, self.context, self.settings))
+            return self.vllm.LLM(**engine_fields(folder, self.context, self.settings, self.eager))
         finally:
             self.processes = [p for p in multiprocessing.active_children() if p not in before]
             shutil.rmtree(folder, ignore_errors=True)

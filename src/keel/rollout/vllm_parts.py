@@ -139,8 +139,8 @@ def seed_of(row: Sequence[int]) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
-def engine_fields(folder: Path, context: int, settings: EngineSettings) -> dict[str, Any]:
-    """What vLLM is started with."""
+def engine_fields(folder: Path, context: int, settings: EngineSettings, eager: bool) -> dict[str, Any]:
+    """What vLLM is started with; `eager`: without compiled and captured steps."""
     return {
         "model": str(folder),
         "skip_tokenizer_init": True,
@@ -151,7 +151,7 @@ def engine_fields(folder: Path, context: int, settings: EngineSettings) -> dict[
         "max_model_len": context,
         "kv_cache_memory_bytes": int(settings.kv_cache_gb * 2**30),
         "enable_prefix_caching": True,
-        "enforce_eager": True,
+        "enforce_eager": eager,
         "enable_return_routed_experts": settings.routed_experts,
         "worker_extension_cls": "keel.rollout.vllm_worker.WeightReceiver",
         "seed": 0,
