@@ -43,7 +43,8 @@ class Run:
 
     Args:
         folder: everything that it left on disk.
-        policy: the trained policy; None where trainers on a cluster have it (`keel.parts.trained_policy` reads it).
+        policy: the trained policy; None where trainers on a cluster have it, or where it is cut over processes that have parted
+            (`keel.parts.trained_policy(run.folder)` reads it).
         summary: as in `summary.json`.
         ranks: that trained it; the first one speaks.
     """
@@ -252,7 +253,8 @@ class _Session:
         summary = summarise(self.rows)
         self.folder.finish(summary)
         self._draw()
-        return Run(self.folder, self.parts.policy, summary, self.ranks)
+        parted = self.ranks.sharded and not self.ranks.lasting
+        return Run(self.folder, None if parted else self.parts.policy, summary, self.ranks)
 
     def _draw(self) -> None:
         if not self.ranks.first:

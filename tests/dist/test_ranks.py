@@ -189,6 +189,15 @@ def test_a_run_goes_on_on_other_numbers_of_ranks(tmp_path):
         assert [row[name] for row in one] == pytest.approx([row[name] for row in two], rel=1e-3), name
 
 
+def test_a_sharded_policy_is_handed_back_while_its_processes_reach_one_another(tmp_path):
+    codes, said = ranks_of("after_a_run.py", tmp_path)
+    assert codes == [0, 0], "\n".join(said)
+    for rank in (0, 1):
+        told = torch.load(tmp_path / f"after-{rank}.pt", weights_only=False)
+        assert told["kept"] == pytest.approx(told["read"]) and told["parted"] is None
+        assert told["read again"].keys() == told["read"].keys()
+
+
 def test_several_processes_without_a_way_to_train_together_are_refused(tmp_path):
     code, said = torchrun(tmp_path, "train", "solid", *SMALL, "--out", tmp_path / "run", limit_s=60)
     assert code != 0 and "2 processes were started, and train.parallel is none" in said

@@ -39,11 +39,13 @@ class Ranks:
         rank: its own number, from 0.
         size: of all.
         sharded: weights, gradients and optimizer states are cut over them; otherwise each has its own.
+        lasting: someone else brought them together, and they can reach one another after the run too.
     """
 
     rank: int = 0
     size: int = 1
     sharded: bool = False
+    lasting: bool = False
 
     @property
     def first(self) -> bool:
@@ -182,7 +184,7 @@ def joined(parallel: str, device: str, timeout_s: float, *, resuming: bool = Fal
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
         with _lost_ranks():
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-    ranks = Ranks(dist.get_rank(), dist.get_world_size(), parallel == "fsdp")
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), parallel == "fsdp", lasting=not began)
     try:
         yield ranks
         ranks.gather(lambda: None)  # whatever was exchanged last, this is later, and leaves nothing behind
