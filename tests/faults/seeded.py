@@ -46,8 +46,10 @@ class Ground:
 
     def task(self, wrap: Callable[[Any], Any]) -> None:
         """Every task that is loaded from now on, wrapped; its check on load is switched off: one's own may have none."""
+        from keel.tasks.task import unchecked_task as plain
+
         for place in ("keel.parts:get_task", "keel.tasks.task:get_task", "keel.tasks.task:unchecked_task"):
-            self.put(place, lambda old: lambda spec, **options: wrap(old(spec, **options)))
+            self.put(place, lambda _: lambda spec, **options: wrap(plain(spec, **options)))
 
     def policy(self, spoil: Callable[[Any], None]) -> None:
         """Every policy that is loaded from now on, spoiled in place."""
