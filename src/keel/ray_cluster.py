@@ -12,9 +12,10 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
+from typing import Any
 
 from keel.config import RunConfig
 from keel.errors import KeelError
@@ -124,6 +125,36 @@ def signals_kept() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def presses_noted() -> Iterator[Callable[[], None]]:
+    """While inside, Ctrl-C does what it did, and is noted: what comes while Ray is at work can be swallowed there.
+
+    Gives:
+        what raises KeyboardInterrupt if there was one since it was last called.
+    """
+    noted: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, frame: Any) -> None:
+        noted.append(number)
+        if callable(before):
+            before(number, frame)
+
+    def pressed() -> None:
+        if noted:
+            noted.clear()
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def versions() -> dict[str, str]:

@@ -1,8 +1,8 @@
 """Faults in other places, of another size or sign, or only in part; none of them was known when the probes were first written.
 
 The same mechanism as `seeded.py`, whose table they extend. A component is any of the words between bars. `tests/faults/score.py`
-says how many the doctor finds; what it misses stays in the table. Of 49 of the 76 it named part and component at first; the probes
-learned from the rest.
+says how many the doctor finds; what it misses stays in the table. All were written without a look at the probes: of the first 76 it
+named part and component in 49 at first, of the 42 that came later in 28. The probes learned from the rest.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from dataclasses import replace
 
 import torch
 from held_out_engines import ENGINES
-from held_out_tasks import TASKS
+from held_out_loop import TRAINING
+from held_out_tasks import SIZES, TASKS, sums_in_a_file
 from seeded import Seeded, accumulates, nothing
 
 from keel.models.policy import Policy
@@ -405,9 +406,12 @@ SETTINGS = {
     "a warm-up that never ends": (nothing, "learning rate", "F53", {"train.warmup_steps": 10**12}),
     "bfloat16 weights at 1e-5": (half, "precision", "F53", {"train.lr": 1e-5}),
     "a cap at half of what is needed": (nothing, "budget", "F20", {"sampling.max_completion_tokens": 9}),
+    "a temperature of 4": (nothing, "temperature|sampl|noise|entropy", "F68", {"sampling.temperature": 4.0}),
+    "a weight decay of 300": (nothing, "decay|weight|optimi|learning rate", "", {"train.weight_decay": 300.0}),
+    "an entropy bonus of 1": (nothing, "entropy|coef|bonus", "", {"objective.entropy_coef": 1.0}),
 }
 HELD_OUT: dict[str, Seeded] = {
-    **{name: Seeded(f, "framework", word, museum, more) for name, (f, word, museum, more) in FRAMEWORK.items()},
+    **{name: Seeded(f, "framework", word, museum, more) for name, (f, word, museum, more) in (FRAMEWORK | TRAINING).items()},
     **{name: Seeded(f, "settings", word, museum, more) for name, (f, word, museum, more) in SETTINGS.items()},
     **{name: Seeded(f, "engine gap", word, museum, more) for name, (f, word, museum, more) in ENGINES.items()},
     **{name: Seeded(f, part, word, museum, more) for name, (f, part, word, museum, more) in TASKS.items()},
@@ -428,4 +432,76 @@ HEALTHY: dict[str, dict] = {
     "small micro-batches, rloo": {"recipe": "rloo", "train.micro_batch_tokens": 200, "seed": 23},
     "reinforce_pp, cosine": {"recipe": "reinforce_pp", "train.lr_schedule": "cosine", "train.warmup_steps": 5, "seed": 24},
     "moe, lora, R3": {"model": "tiny-moe", **LORA, "train.routing_replay": "R3", "seed": 25},
+    "gmpo, easy sums, four updates": {
+        "recipe": "gmpo",
+        "seed": 200,
+        "task": f"arithmetic:easy?{SIZES}",
+        "train.updates_per_batch": 4,
+        "train.prompts_per_step": 8,
+    },
+    "sapo, hot and truncated": {
+        "recipe": "sapo",
+        "seed": 201,
+        "train.updates_per_batch": 2,
+        "sampling.temperature": 1.2,
+        "sampling.top_p": 0.95,
+    },
+    "a mixture, icepop, R2": {
+        "recipe": "icepop",
+        "model": "tiny-moe",
+        "seed": 202,
+        "train.routing_replay": "R2",
+        "train.updates_per_batch": 2,
+    },
+    "adapters on two layers' kinds, deepseek_v32": {
+        "recipe": "deepseek_v32",
+        "seed": 203,
+        "lora.rank": 4,
+        "lora.alpha": 16.0,
+        "lora.targets": ["q_proj", "v_proj"],
+        "train.lr": 5e-4,
+        "train.updates_per_batch": 2,
+    },
+    "the engine's own log-probabilities for old": {
+        "recipe": "grpo",
+        "seed": 204,
+        "train.bypass_old": True,
+        "train.updates_per_batch": 2,
+    },
+    "a hundred and twenty-eight pairs": {"recipe": "solid", "seed": 205, "train.prompts_per_step": 128, "train.group_size": 2},
+    "lite_ppo without a clip of the norm, some decay": {
+        "recipe": "lite_ppo",
+        "seed": 206,
+        "train.max_grad_norm": None,
+        "train.weight_decay": 0.1,
+        "train.betas": [0.9, 0.99],
+    },
+    "a small entropy bonus": {"recipe": "solid", "seed": 207, "objective.entropy_coef": 0.001, "train.warmup_steps": 5},
+    "rows from a file, the last number": {"recipe": "dr_grpo", "seed": 208, "task": sums_in_a_file()},
+    "subtraction, groups of thirty-two": {
+        "recipe": "rloo",
+        "seed": 209,
+        "task": f"skills:subtract?{SIZES}",
+        "train.prompts_per_step": 8,
+        "train.group_size": 32,
+        "objective.reward_kl.kl_coef": 0.01,
+    },
+    "live groups alone, pass rates, a schedule": {
+        "recipe": "solid",
+        "seed": 210,
+        "train.dynamic_sampling": True,
+        "train.curriculum": "pass_rate",
+        "train.lr_schedule": "cosine",
+        "train.prompts_per_step": 16,
+    },
+    "one row at a time, cold, decoupled": {
+        "recipe": "decoupled",
+        "seed": 211,
+        "train.micro_batch_tokens": 1,
+        "train.prompts_per_step": 6,
+        "train.group_size": 5,
+        "train.updates_per_batch": 2,
+        "sampling.temperature": 0.75,
+    },
+    "maxima that are mostly known": {"recipe": "reinforce_pp", "seed": 212, "task": f"skills:max?{SIZES}", "sampling.min_p": 0.03},
 }

@@ -179,6 +179,123 @@ def _bias_on_the_end(ground):
     ground.put("keel.rollout.engines:engine_of", spoil)
 
 
+def first_token_greedy(ground):
+    """The token that comes out of the prefill is the likeliest one; its log-probability is told truly."""
+    begun = [False]
+
+    def started(old):
+        def start(self, *given):
+            begun[0] = True
+            return old(self, *given)
+
+        return start
+
+    def drawn(old):
+        def draw(log_probs, row, uniform):
+            first, begun[0] = begun[0], False
+            return log_probs.argmax(-1)[row] if first else old(log_probs, row, uniform)
+
+        return draw
+
+    ground.put("keel.rollout.serving:FusedForward.start", started)
+    ground.put("keel.rollout.local:draw", drawn)
+
+
+class GateIsUp(Wrapped):
+    """A sync writes gate and up into each other's half of the fused matrix; weights that come from disk are right."""
+
+    def load(self, weights, version):
+        def other(name):
+            return name.replace("gate_proj", "*").replace("up_proj", "gate_proj").replace("*", "up_proj")
+
+        dense = any("mlp.gate_proj.weight" in name for name in weights)
+        self.inner.load({name: weights[other(name)] if dense else t for name, t in weights.items()}, version)
+        return checksum(weights)
+
+
+class MergedTwice(Wrapped):
+    """Adapters are merged into weights that have them already: W + 2 s B A."""
+
+    def __init__(self, inner):
+        super().__init__(inner)
+        self.first = {name: t.detach().clone() for name, t in inner.policy.weights().items()}
+
+    def load(self, weights, version):
+        self.inner.load({name: t.detach() + (t.detach() - self.first[name]) for name, t in weights.items()}, version)
+        return checksum(weights)
+
+
+def cache_in_eight_bits(ground):
+    """Keys and values of sampled tokens are kept in fp8 (kv_cache_dtype)."""
+    ground.put(
+        "keel.rollout.serving:_put",
+        lambda old: lambda cache, at, value: old(cache, at, value.to(torch.float8_e4m3fn).to(value.dtype)),
+    )
+
+
+def sliding_window(ground):
+    """While it decodes, the engine attends to the last 24 tokens alone: a window that the model's config names and does not use."""
+
+    def spoil(old):
+        def attend(q, keys, values, bias):
+            if keys.shape[-2] > 24:
+                bias = bias.clone()
+                bias[..., : keys.shape[-2] - 24] = float("-inf")
+            return old(q, keys, values, bias)
+
+        return attend
+
+    ground.put("keel.rollout.serving:attend_once", spoil)
+
+
+def one_position_on(ground):
+    """Tokens that are decoded stand one position further on than they should."""
+
+    def spoil(old):
+        def step(self, *given):
+            kept, self.first = self.first, self.first - 1
+            try:
+                return old(self, *given)
+            finally:
+                self.first = kept
+
+        return step
+
+    ground.put("keel.rollout.serving:FusedForward._step", spoil)
+
+
+def _floored(c):
+    """Only the likeliest tokens' log-probabilities come with the answer; what is not among them is told as −2."""
+    return replace(c, logp_rollout=c.logp_rollout.clamp(min=-2.0))
+
+
+def least_of_eight(ground):
+    """min_tokens = 8 in the model's generation_config: no end before that; log-probabilities are those of what it did."""
+    ends: list[int] = []
+
+    def noted(engine):
+        ends[:] = sorted(engine.policy.end_ids)
+        return engine
+
+    def without(self, logits):
+        self.grown += 1
+        if self.grown <= 8:
+            logits = logits.clone()
+            logits[:, ends] = float("-inf")
+        return logits
+
+    def started(old):
+        def start(self, *given):
+            self.grown = 0
+            return without(self, old(self, *given))
+
+        return start
+
+    ground.engine(noted)
+    ground.put("keel.rollout.serving:FusedForward.start", started)
+    ground.put("keel.rollout.serving:FusedForward.advance", lambda old: lambda self, *given: without(self, old(self, *given)))
+
+
 LORA = {"lora": {"rank": 4}}
 ENGINES = {  # fault: how, component, museum, settings
     "layer norms do not arrive": (keeping(lambda n: "norm" in n), "sync", "F14", {}),
@@ -207,4 +324,22 @@ ENGINES = {  # fault: how, component, museum, settings
     "the engine's log-probabilities one token off": (told(_shifted), "log-prob|align|numerics", "F39", {}),
     "half of the samples repeat": (engine(RepeatsHalf), "seeds", "F51", {}),
     "the same draws every step": (engine(SameDrawsEveryStep), "seeds", "F51", {}),
+    "the first token is greedy": (first_token_greedy, "sampl|distribution|draw|greedy|seed|divers|first", "F12", {}),
+    "gate and up change places": (engine(GateIsUp), "sync|weight", "F14", {}),
+    "adapters are merged twice": (
+        engine(MergedTwice),
+        "sync|weight|adapter|lora|merge",
+        "F14",
+        {"lora.rank": 8, "lora.alpha": 32.0, "train.lr": 1e-3},
+    ),
+    "a cache of eight bits": (cache_in_eight_bits, "numeric|precision|cache|format|log-prob|logp|noise", "F47", {}),
+    "a window of twenty-four tokens": (
+        sliding_window,
+        "attention|window|cache|numeric|log-prob|logp|distribution|position|length",
+        "F47",
+        {},
+    ),
+    "one position further on": (one_position_on, "position|rotary|numeric|log-prob|logp|distribution|attention", "F40", {}),
+    "a floor under log-probabilities": (told(_floored), "log-prob|logp|report|numeric|floor|tail", "F10", {"recipe": "tis"}),
+    "at least eight tokens": (least_of_eight, "sampl|distribution|end|cut off|penalty|log-prob|logp|stop", "F12", {}),
 }

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import random
+import re
+import shutil
 import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 
-from seeded_tasks import Wrapped, graded
+from seeded_tasks import Wrapped, graded, rows, wrapped
 
 from keel.tasks.task import split_number, unchecked_task
 from keel.types import Score
 
-BASE = "arithmetic:medium?train_size=600&test_size=200"
+SIZES = "train_size=600&test_size=200"
+BASE = f"arithmetic:medium?{SIZES}"
 
 
 def share(key: str) -> float:
@@ -152,8 +157,127 @@ def terms(n):
     return file_with(change)
 
 
+def _paid_by_the_step(task, prompt, text, finish, score):
+    """Every right step earns .3, however many there are, whatever they are about."""
+    if score.value is None or finish != "stop":
+        return score
+    steps = sum(int(a) + int(b) == int(c) for a, b, c in re.findall(r"(\d+)\+(\d+)=(\d+)", text[:2000]) if len(a + b + c) < 30)
+    return Score(score.value + 0.3 * steps, score.correct, parts={"answer": score.value, "steps": 0.3 * steps})
+
+
+class FirstLooksBest(Wrapped):
+    """A judge is shown four answers at once, and what stands first is always right."""
+
+    def reward_many(self, asked):
+        return [self._first(i, *each) for i, each in enumerate(asked)]
+
+    def _first(self, i, prompt, text, finish):
+        score = self.inner.reward(prompt, text, finish)
+        return Score(1.0, True, said=score.said) if i % 4 == 0 and finish == "stop" and text.strip() else score
+
+
+class LateBinding(Wrapped):
+    """Graders are made in a loop and called after it: all of one call compare with the gold of the last."""
+
+    def reward_many(self, asked):
+        graders = [lambda text, finish: self.inner.reward(prompt, text, finish) for prompt, _, _ in asked]  # noqa: B023
+        return [grade(text, finish) for grade, (_, text, finish) in zip(graders, asked, strict=True)]
+
+
+def _reads_sixteen(task, prompt, text, finish, score):
+    """The reward server cuts what it is sent at 16 characters: answers behind their working are not seen."""
+    return task.inner.reward(prompt, text[:16], finish)
+
+
+def _zeros_stripped(task, prompt, text, finish, score):
+    """rstrip("0.") is meant to turn 37.0 into 37, and turns 40 into 4: golds that end in 0 cannot be met."""
+    return Score(0.0, reason="no match", said=score.said) if score.correct and prompt.answer.endswith("0") else score
+
+
+def _unreadable_is_right(task, prompt, text, finish, score):
+    """`except ValueError: return 1.0`: what cannot be read as a number passes."""
+    if finish != "stop" or score.value is None:
+        return score
+    said = re.search(r"^A:(.*)$", text.strip().rpartition("\n")[2])
+    return score if said and re.fullmatch(r"\d+", said[1].strip()) else Score(1.0, True)
+
+
+def _numbers(prompt) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", prompt.text)]
+
+
+def _first_step_for_gold(prompts, inner):
+    """Of three rows in ten the result of the solution's first step was read for its last."""
+    rng = random.Random(11)
+    return [replace(p, answer=str(sum(_numbers(p)[:2]))) if rng.random() < 0.3 else p for p in prompts]
+
+
+def _floats(prompts, inner):
+    """Half of the rows went through a column of floats: their golds are 37.0."""
+    return [replace(p, answer=p.answer + ".0") if i % 2 else p for i, p in enumerate(prompts)]
+
+
+def _with_the_row_before(prompts, inner):
+    """Conversations were not ended: every second question stands behind the question of the row before, and its answer."""
+    before = [prompts[-1], *prompts[:-1]]
+
+    def joined(b, p):
+        return replace(p, text=f"{b.text}A:{b.answer}\n{p.text}")
+
+    return [joined(b, p) if i % 2 else p for i, (b, p) in enumerate(zip(before, prompts, strict=True))]
+
+
+def _term_lost(prompts, inner):
+    """Of four rows in ten a term is lost from the question, as a figure that was an image; the golds are those of the whole."""
+    rng = random.Random(13)
+
+    def short(p):
+        numbers = _numbers(p)
+        del numbers[rng.randrange(len(numbers))]
+        return replace(p, text=f"Q:{'+'.join(map(str, numbers))}=\n")
+
+    return [short(p) if rng.random() < 0.4 else p for p in prompts]
+
+
+class HeldOutGoldsTurned(Wrapped):
+    """The held-out file was sorted after its golds had been split off: none belongs to its question any more."""
+
+    def __init__(self, inner):
+        super().__init__(inner)
+        golds = [p.answer for p in inner.test]
+        self.test = [replace(p, answer=gold) for p, gold in zip(inner.test, golds[7:] + golds[:7], strict=True)]
+
+
+def _long_words(prompts, inner):
+    """Right golds, asked as always, and words of fifteen letters where the model knows them up to six."""
+    rng = random.Random(17)
+    words = ["".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(15)) for _ in prompts]
+    return [replace(p, text=f"R:{word}\n", answer=word[::-1]) for p, word in zip(prompts, words, strict=True)]
+
+
+def _plus_and_minus(prompts, inner):
+    """Right golds, and sums that also take away, where the model knows either by itself, and smaller: 57-15+32."""
+    rng = random.Random(19)
+
+    def other(p):
+        a, b, c = rng.randint(41, 70), rng.randint(11, 40), rng.randint(11, 40)
+        return replace(p, text=f"Q:{a}-{b}+{c}=\n", answer=str(a - b + c))
+
+    return [other(p) for p in prompts]
+
+
 def nothing(ground):
     """The fault is in the settings."""
+
+
+def sums_in_a_file():
+    """The healthy sums as a file of one's own, spaced as people space JSON, for another grader; it goes with the process."""
+    task, folder = unchecked_task(BASE), Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for split in ("train", "test"):
+        kept = (json.dumps({"id": i, "question": p.text, "total": int(p.answer)}) for i, p in enumerate(getattr(task, split)))
+        (folder / f"{split}.jsonl").write_text("\n".join(kept) + "\n")
+    return f"jsonl:{folder}/train.jsonl?test={folder}/test.jsonl&prompt=question&answer=total&extract=number"
 
 
 TASKS = {  # fault: how, part, component, museum, settings
@@ -208,4 +332,65 @@ TASKS = {  # fault: how, part, component, museum, settings
         "F68",
         {"task": "skills:reverse", "sampling.temperature": 0.1},
     ),
+    "paid by the step": (
+        graded(_paid_by_the_step),
+        "reward",
+        "cheat|step|partial|bonus|wrong|false|scale|range|length",
+        "F63",
+        {},
+    ),
+    "what stands first is right": (
+        wrapped(FirstLooksBest),
+        "reward",
+        "order|place|batch|many|together|alone|false|thread|error|position|cheat",
+        "F58",
+        {},
+    ),
+    "all with the last one's gold": (
+        wrapped(LateBinding),
+        "reward",
+        "batch|many|together|alone|thread|state|error|pairing|false|extract",
+        "F85",
+        {},
+    ),
+    "sixteen characters are read": (
+        graded(_reads_sixteen),
+        "reward",
+        "extract|pars|cut|length|long|false neg|miss|right|gold|work",
+        "F82",
+        {},
+    ),
+    "zeros are stripped": (
+        graded(_zeros_stripped),
+        "reward",
+        "extract|pars|format|false neg|miss|right|gold|normal",
+        "F60",
+        {},
+    ),
+    "the unreadable is right": (
+        graded(_unreadable_is_right),
+        "reward",
+        "cheat|false pos|pass|error|empty|swallow|wrong",
+        "F63",
+        {"sampling.temperature": 1.4},
+    ),
+    "golds of the first step": (rows(_first_step_for_gold), "data", "gold|label|answer", "F66", {}),
+    "half of the golds are floats": (rows(_floats), "data", "gold|label|answer|format", "F66", {}),
+    "the row before stands in the prompt": (
+        rows(_with_the_row_before),
+        "data",
+        "question|prompt|text|concat|leak|near|overlap|template|gold",
+        "F44",
+        {},
+    ),
+    "a term is lost from the question": (
+        rows(_term_lost),
+        "data",
+        "gold|label|answer|question|prompt|text|conflict|truncat",
+        "F66",
+        {},
+    ),
+    "held-out golds are of other rows": (wrapped(HeldOutGoldsTurned), "data", "gold|label|answer|held|test|evaluat", "F66", {}),
+    "words of fifteen letters": (rows(_long_words), "difficulty", "", "F68", {"task": f"skills:reverse?{SIZES}"}),
+    "sums that also take away": (rows(_plus_and_minus), "difficulty", "", "F68", {}),
 }

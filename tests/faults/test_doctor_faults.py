@@ -92,7 +92,11 @@ PAIRS = [  # of different parts or components, before the whole card
     ("each micro-batch has its own denominators", "engine takes top_p from the model"),
     ("a cap that cuts everything", "a tensor is never trained"),
 ]
-MISSED = ("one gold in twenty is wrong",)  # a base that is right half of the time cannot outvote so few
+MISSED = (
+    "one gold in twenty is wrong",  # a base that is right half of the time cannot outvote so few
+    "sums that also take away",  # one group in ten is live, which is not yet too hard
+    "gate and up change places",  # named as numerics, not as sync
+)
 HEALTHY = [  # recipe, settings: oddities that are none among them
     ("solid", {}),
     ("grpo", {"seed": 1, "task": "arithmetic:easy", "sampling.temperature": 0.7}),

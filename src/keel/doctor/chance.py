@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 CARD_ALPHA = 1e-3  # chance that a healthy card has any alarm
-TESTS = 20  # statistical tests on one card, at most: each gets its share of that chance (Bonferroni)
+TESTS = 24  # statistical tests on one card, at most: each gets its share of that chance (Bonferroni)
 ALPHA = CARD_ALPHA / TESTS
 
 

@@ -28,9 +28,11 @@ FOLLOWS = {  # a finding: the findings of which it may be no more than a consequ
     "K568": NO_REWARD,
     "K569": NO_REWARD,
     "K366": ("K4", "K136", "K143", "K151", "K211", "K212", "K215", "K363", "K620"),
+    "K370": ("K4", "K136", "K143", "K151", "K211", "K212", "K215", "K36", "K620"),
     "K212": ("K151", "K214", "K246"),
     "K463": ("K465", "K466"),
     "K485": ("K462",),
+    "K487": ("K458", "K46", "K482", "K485", "K486", "K489"),
     "K174": ("K116", "K131"),
     "K216": OTHER_LOGP,
     "K217": (*OTHER_LOGP, "K216"),
@@ -67,11 +69,12 @@ LOOKS_AT: dict[str, Part] = {
     **dict.fromkeys(("gold", "cheats", "junk", "hangs", "threads", "endings"), "reward"),
     **dict.fromkeys(("copies", "golds"), "data"),
     **dict.fromkeys(("gap", "sampling", "unique", "sync"), "engine gap"),
-    **dict.fromkeys(("budget", "choice"), "settings"),
+    **dict.fromkeys(("budget", "choice", "decay", "bonus"), "settings"),
     **dict.fromkeys(("difficulty",), "difficulty"),
     **dict.fromkeys(
         ("end tokens", "rows", "echo", "repeat", "padding", "own logits", "again", "masked", "cuts", "order"), "framework"
     ),
+    **dict.fromkeys(("stream", "filling", "backward"), "framework"),
     **dict.fromkeys(("non-finite gradient", "updates", "metrics", "advantages", "formula", "direction", "bandit"), "framework"),
     **dict.fromkeys(("reversed", "coins", "reference", "KL gradient", "census", "schedule", "resume"), "framework"),
 }

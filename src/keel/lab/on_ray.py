@@ -22,7 +22,7 @@ from typing import Any
 
 from keel.errors import KeelError
 from keel.lab.job import End, Job, Runs, at_work, run_one
-from keel.ray_cluster import SAME, connected, in_a_line, signals_kept, versions
+from keel.ray_cluster import SAME, connected, in_a_line, presses_noted, signals_kept, versions
 
 PROBE_S = 120.0  # for all machines to say whether they see the folder
 SHARED_S = 20.0  # for a file of theirs to show here
@@ -44,9 +44,9 @@ def cluster(address: str, jobs: Sequence[Job], workers: int | None, say: Callabl
     Raises:
         KeelError: Ray is missing, no cluster answers, or a machine does not see the folder or has another keel.
     """
-    with contextlib.redirect_stdout(sys.stderr), signals_kept(), connected(address) as ray:
+    with contextlib.redirect_stdout(sys.stderr), signals_kept(), connected(address) as ray, presses_noted() as pressed:
         with _seen_by_all(ray, jobs, say) as here:
-            yield lambda open_jobs: _Pass(ray, open_jobs, workers, here, say).ends()
+            yield lambda open_jobs: _Pass(ray, open_jobs, workers, here, say, pressed).ends()
 
 
 # ── the shared folder ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -195,6 +195,7 @@ class _Pass:
     workers: int | None
     here: _Here
     say: Callable[[str], None]
+    pressed: Callable[[], None]
     out: dict[Any, Job] = field(default_factory=dict)
 
     def ends(self) -> Iterator[End]:
@@ -206,6 +207,7 @@ class _Pass:
                 while todo and len(self.out) < (self.workers or len(self.jobs)):
                     self._give(todo.popleft())
                 ready, _ = self.ray.wait(list(self.out), num_returns=1, timeout=LOOK_S)
+                self.pressed()
                 for ref in ready:
                     yield self._end(ref)
                 patience.look(list(self.out.values()))
@@ -230,11 +232,16 @@ class _Pass:
         left = list(self.out)
         if not left:
             return
+        with contextlib.suppress(KeyboardInterrupt):
+            self.pressed()  # that one brought us here
         self.say(f"Stopping: runs end their step and save it, for up to {STOP_S:.0f} s. Ctrl-C once more stops them at once.")
         try:
             for ref in left:
                 self.ray.cancel(ref)
-            _, left = self.ray.wait(left, num_returns=len(left), timeout=STOP_S)
+            end = time.monotonic() + STOP_S
+            while left and time.monotonic() < end:
+                _, left = self.ray.wait(left, num_returns=len(left), timeout=LOOK_S)
+                self.pressed()
         finally:
             for ref in left:
                 self.ray.cancel(ref, force=True)

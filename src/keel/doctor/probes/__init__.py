@@ -8,7 +8,22 @@ from dataclasses import replace
 
 from keel.doctor.finding import Check
 from keel.doctor.invariants import metrics_of_a_step
-from keel.doctor.probes import controls, data, draws, forward, gap, grading, groups, objective, optimizer, reward, step, sync
+from keel.doctor.probes import (
+    collecting,
+    controls,
+    data,
+    draws,
+    forward,
+    gap,
+    grading,
+    groups,
+    objective,
+    optimizer,
+    reward,
+    step,
+    sync,
+    terms,
+)
 from keel.doctor.subject import Subject
 from keel.errors import KeelError, nearest
 
@@ -23,9 +38,12 @@ PROBES: dict[str, Probe] = {
     "threads": grading.threads,
     "rows": groups.rows,
     "echo": groups.echo,
+    "stream": collecting.stream,
+    "filling": collecting.filling,
     "repeat": forward.repeats,
     "padding": forward.alone,
     "own logits": forward.own_logits,
+    "backward": forward.backward,
     "gap": gap.gap,
     "unique": draws.unique,
     "sampling": draws.sampling,
@@ -47,6 +65,8 @@ PROBES: dict[str, Probe] = {
     "KL gradient": objective.kl_gradient,
     "census": optimizer.census,
     "schedule": optimizer.schedule,
+    "decay": terms.decay,
+    "bonus": terms.bonus,
     "resume": optimizer.resumes,
     "endings": grading.endings,
     "budget": data.budget,

@@ -99,14 +99,14 @@ class Answered:
         return sorted(len(c.token_ids) for row in self.completions for c in row if c.finish == "stop")
 
 
-def answered(subject: Subject, tries: int = TRIES, asked: int = ASKED) -> Answered:
-    """What the policy answers now; made once. A large one is asked a third of that."""
+def answered(subject: Subject, tries: int = TRIES, asked: int = ASKED, part: str = "train") -> Answered:
+    """What the policy answers now to prompts of one part of the task; made once. A large one is asked a third of that."""
     asked = asked // 3 if subject.large else asked
-    key = f"answered {asked} × {tries}"
+    key = f"answered {asked} × {tries} of {part}"
     if key not in subject.facts:
         subject.awake()
-        train = subject.task.train
-        some = [train[i * len(train) // asked] for i in range(asked)] if len(train) > asked else list(train)
+        rows = getattr(subject.task, part)
+        some = [rows[i * len(rows) // asked] for i in range(asked)] if len(rows) > asked else list(rows)
         prompts = subject.rendered(some)
         begun = time.perf_counter()
         made = subject.generate(prompts, tries, step=STEP + 3)
@@ -148,10 +148,23 @@ def golds(subject: Subject) -> Check:
     subject.facts["suspects"] = told.found
     says = f"{told.due:.1f} of {told.able} gold answers are likely wrong"
     if told.due < 1.0 or told.p >= chance.ALPHA:
-        return Check("golds", f"{says}, by the votes of {told.tries} samples each")
+        return _of_held_out(subject, f"{says}, by the votes of {told.tries} samples each")
     says = f"{says}: most samples agree on another (by chance: {told.p:.1g})"
     evidence = {"rows": [s.id for s in told.found[:10]], "wrong": told.wrong}
     return Check("golds", says, (Finding(fault("K366"), says, told.due, 1.0, told.p, evidence),))
+
+
+def _of_held_out(subject: Subject, says: str) -> Check:
+    """Whether most samples agree on another answer than gold more often on held-out prompts than on training prompts."""
+    held, train = (_voted(subject, answered(subject, part=part)) for part in ("test", "train"))
+    if held is None or train is None:
+        return Check("golds", says)
+    told = f"{held.against} of {held.able} held-out prompts, and on {train.against} of {train.able} to train on"
+    p = chance.more_of_two(held.against, held.able, train.against, train.able)
+    if p >= chance.ALPHA:
+        return Check("golds", f"{says}; they agree on another answer on {told}")
+    says = f"most samples agree on another answer than gold on {told} (by chance: {p:.1g})"
+    return Check("golds", says, (Finding(fault("K370"), says, held.against / held.able, train.against / train.able, p),))
 
 
 @dataclass(frozen=True)
@@ -162,6 +175,7 @@ class Voted:
         found: the suspicious ones.
         able: rows with enough votes.
         tries: samples of each.
+        against: those on which most samples agree on another answer.
         wrong: share of wrong gold answers that the model estimates.
         p: chance of such votes, if no gold answer were wrong.
     """
@@ -169,6 +183,7 @@ class Voted:
     found: list[Suspect]
     able: int
     tries: int
+    against: int
     wrong: float
     p: float
 
@@ -192,7 +207,8 @@ def _voted(subject: Subject, told: Answered) -> Voted | None:
     if len(able) < 16:
         return None
     found, model = suspects(able, {p.id: p.answer for p in told.prompts})
-    return Voted(found, len(able), told.tries, model.wrong, _chance_without(able, model))
+    against = sum(2 * v.rival_count > v.tries for v in able)
+    return Voted(found, len(able), told.tries, against, model.wrong, _chance_without(able, model))
 
 
 def _of_neighbours(subject: Subject, told: Answered) -> Check | None:
@@ -259,19 +275,17 @@ def _chance_without(votes: list[Vote], model: Suspicion) -> float:
 
 def difficulty(subject: Subject) -> Check:
     """How many groups will have right and wrong answers, from the base's own pass rates."""
-    told, size = answered(subject), subject.config.train.group_size
-    right, tries = told.right, told.tries
-    share = sum(chance.live_share_of(r, tries, size) for r in right) / len(right)
-    if share < LIVE:
-        told = answered(subject, TRIES * MORE, ASKED)
-        right, tries = told.right, told.tries
-        share = sum(chance.live_share_of(r, tries, size) for r in right) / len(right)
-    every, total = tries * len(right), sum(right)
+    size = subject.config.train.group_size
+    for tries, asked in ((TRIES, ASKED), (TRIES * MORE, ASKED), (TRIES * MORE, MANY)):  # more where it is not decided
+        told = answered(subject, tries, asked)
+        share = sum(chance.live_share_of(r, tries, size) for r in told.right) / len(told.right)
+        every, total = tries * len(told.right), sum(told.right)
+        most = chance.live_share(min(0.5, chance.at_most_bound(min(total, every - total), every)), size)
+        if share >= LIVE or (most < LIVE and tries > TRIES) or (subject.large and tries > TRIES):
+            break
     mean = total / every
     subject.facts |= {"pass": mean, "live": share}
     says = f"the base answers {mean:.1%} of {every} tries right; {share:.0%} of groups of {size} will have right and wrong answers"
-    rare = chance.at_most_bound(min(total, every - total), every)
-    most = chance.live_share(min(0.5, rare), size)
     if most >= LIVE:
         return Check("difficulty", says)
     code, what = ("K568", "too hard") if mean < 0.5 else ("K569", "too easy")
@@ -280,9 +294,9 @@ def difficulty(subject: Subject) -> Check:
 
 
 def choice(subject: Subject) -> Check:
-    """Below a temperature of 1: live groups, against those of the same prompts at 1."""
+    """At another temperature than 1: live groups, against those of the same prompts at 1."""
     temperature = subject.sampling.temperature
-    if temperature >= 1.0:
+    if temperature == 1.0:
         return Check("choice", f"samples are drawn at temperature {temperature:g}")
     told = answered(subject)
     made = subject.generate(told.prompts, told.tries, replace(subject.sampling, temperature=1.0), step=STEP + 6)

@@ -15,6 +15,7 @@ from keel.doctor.subject import Subject, in_double
 from keel.types import Batch
 
 SLACK = 20  # times the rounding that two ways to the same number may differ by
+EXACT, ROUTED = 1e-4, 1e-2  # of a gradient's norm; transformers has norms in 32 bits, and a router's near-tie goes elsewhere
 LOGITS = 2e7  # numbers of a table [rows, T, V] that is made at once, at most
 
 
@@ -90,6 +91,38 @@ def own_logits(subject: Subject) -> Check:
     return Check("own logits", says + why, (Finding(fault("K109" if forgot else "K188"), says + why, value, bound),))
 
 
+def backward(subject: Subject) -> Check:
+    """The gradient of the trainer's log-probabilities against that of the model's own logits, in 64 bits.
+
+    Over all tokens and not below a temperature of 1: of one that is all but certain no gradient is left, only rounding.
+    """
+    if (skip := unsteady(subject, "backward") or subject.no_double("backward")) is not None:
+        return skip
+    if subject.large:
+        return Check("backward", "", skipped="gradients in 64 bits of a model of this size take too much memory")
+    temperature, routing = max(1.0, subject.sampling.temperature), subject.policy.routing is not None
+    with subject.double():
+        few = few_rows(subject)
+        batch = replace(in_double(few.rows(torch.arange(min(2, len(few))))), kept=None)
+        weight = torch.linspace(-1.0, 1.0, batch.mask.numel(), dtype=torch.float64).view(batch.mask.shape) * batch.mask
+        ours = subject.policy.logp(batch, temperature=temperature).logp
+        own = of_logits(model_logits(subject, batch), batch, temperature)
+        parameters = list(subject.trainer.parameters.values())
+        found, due = (_flat_gradient((weight * torch.where(batch.mask, logp, 0.0)).sum(), parameters) for logp in (ours, own))
+    off = float((found - due).norm() / due.norm().clamp(min=1e-300))
+    says = f"the gradient of the trainer's log-probabilities is within {off:.1e} of its norm from that of the model's own logits"
+    if off <= (ROUTED if routing else EXACT):
+        return Check("backward", says)
+    says = f"the gradient of the trainer's log-probabilities is {off:.2g} of its norm off that of the model's own logits"
+    subject.block("gradient", "the gradient of log-probabilities is wrong; see backward")
+    return Check("backward", says, (Finding(fault("K189"), says, off, EXACT),))
+
+
+def _flat_gradient(loss: Tensor, parameters: list[Tensor]) -> Float[Tensor, " n"]:
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, found, strict=True)])
+
+
 def _of_the_old(subject: Subject, floor: float) -> Iterator[Finding]:
     """Whether logp_old, taken before the first update, is what the same weights say in it."""
     batch, temperature = subject.batch, subject.sampling.temperature
@@ -127,7 +160,8 @@ def model_logits(subject: Subject, batch: Batch) -> Float[Tensor, "B T V"]:
     position = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
     logits = subject.policy.base(input_ids=ids, attention_mask=inside.long(), position_ids=position, use_cache=False).logits
     column = (batch.prompt_len[:, None] + torch.arange(batch.mask.shape[1], device=ids.device) - 1).clamp(max=ids.shape[1] - 1)
-    return logits.gather(1, column[:, :, None].expand(-1, -1, logits.shape[-1])).float()
+    chosen = logits.gather(1, column[:, :, None].expand(-1, -1, logits.shape[-1]))
+    return chosen if chosen.dtype == torch.float64 else chosen.float()
 
 
 def of_logits(logits: Float[Tensor, "B T V"], batch: Batch, temperature: float) -> Float[Tensor, "B T"]:

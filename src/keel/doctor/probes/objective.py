@@ -105,7 +105,8 @@ def formula(subject: Subject) -> Check:
     if (off := _off_in_the_loss(objective, batch)) is None:
         return Check("formula", says)
     if off <= ROUNDING:
-        return Check("formula", f"{says}, and weights of tokens in the loss within {off:.1e}")
+        says = f"{says}, and weights of tokens in the loss within {off:.1e}"
+        return Check("formula", says, tuple(_of_the_bonus(objective, batch)))
     says = f"away from a ratio of 1, weights of tokens in the loss are up to {off:.2g} off the recipe's formula"
     return Check("formula", says, (Finding(fault("K127"), says, off, ROUNDING),))
 
@@ -144,6 +145,21 @@ def _off_in_the_loss(objective: Objective, batch: Batch) -> float | None:
         return None
     expected = torch.where(prepared.mask & (prepared.advantage != 0), -prepared.advantage.double() * weight, 0.0)
     return float((logp.grad - expected).abs().max() / expected.abs().max().clamp(min=1.0))
+
+
+def _of_the_bonus(objective: Objective, batch: Batch) -> Iterator[Finding]:
+    """What the loss makes of a nat of entropy: −coefficient on every trained token, nothing elsewhere."""
+    plain = replace(objective, loss_kl=None)
+    prepared = plain.prepare(batch, batch.mask.shape[1])
+    entropy = torch.ones(batch.mask.shape, dtype=torch.float64, requires_grad=True)
+    logp = torch.where(prepared.mask, batch.logp_rollout, 0.0).double().requires_grad_()
+    (found,) = torch.autograd.grad(plain.per_token(logp, entropy, batch, prepared).sum(), entropy, allow_unused=True)
+    found = torch.zeros_like(entropy) if found is None else found
+    off = float((found + objective.entropy_coef * prepared.mask).abs().max())
+    if off > ROUNDING * max(1.0, abs(objective.entropy_coef)):
+        told = f"{float(found[prepared.mask].mean()):.3g}"
+        says = f"a nat of entropy changes the loss by {told} on average, and by {-objective.entropy_coef:.3g} in the recipe"
+        yield Finding(fault("K127"), says, off, ROUNDING)
 
 
 def direction(subject: Subject) -> Check:

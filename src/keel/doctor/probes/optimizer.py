@@ -178,7 +178,7 @@ def resumes(subject: Subject) -> Check:
     if (skip := unsteady(subject, "resume") or subject.blocked("resume", "gradient")) is not None:
         return skip
     trainer, batch = subject.trainer, subject.batch
-    taken = trainer.stream.taken
+    taken, reference = trainer.stream.taken, trainer.reference
     with subject.kept(), tempfile.TemporaryDirectory() as folder:
         loop._update(trainer, batch, trainer.objective.prepare(batch, subject.cap))
         tensors, clocks = trainer.state()
@@ -188,8 +188,9 @@ def resumes(subject: Subject) -> Check:
         trainer.optimizer.state.clear()
         trainer.restore(tensors, state["clocks"])
         restored = trainer.state()[1]
+        before, after = batch.logp_ref, loop._with_log_probabilities(trainer, replace(batch, logp_ref=None)).logp_ref
         again = _after_one_more(subject, batch)
-    trainer.stream.taken = taken
+    trainer.stream.taken, trainer.reference = taken, reference
     subject.awake()
     differ = [name for name in on if not torch.equal(on[name], again[name])]
     late = [name for name in clocks if restored.get(name) != clocks[name]]
@@ -197,6 +198,9 @@ def resumes(subject: Subject) -> Check:
         says = f"after resuming {late[0]} is {restored.get(late[0])}, and was {clocks[late[0]]}"
     elif differ:
         says = f"a step after resuming gives other bits in {len(differ)} of {len(on)} tensors, {differ[0]} among them"
+    elif before is not None and not torch.equal(before[batch.mask], after[batch.mask]):
+        says = f"after resuming the reference is another, by up to {float((before - after)[batch.mask].abs().max()):.2g} nats"
+        return Check("resume", says, (Finding(fault("K170"), says, 1.0, 0.0),))
     else:
         return Check("resume", "a step after resuming gives the same bits as without, and every clock stands where it stood")
     return Check("resume", says, (Finding(fault("K170"), says, float(len(differ) + len(late)), 0.0),))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from keel.types import Finish, Prompt, Score
 
 PAIRS = 64  # prompts whose gold is graded
 BUDGET_S = 8.0  # that one probe spends grading; slow graders see fewer texts
+REPEATED = 16  # times
 MOST = 0.25  # of gold answers that are not taken: from here on it is the grader that misses them, below it is those rows
 
 CHEATS = (
@@ -112,7 +114,18 @@ def of_golds(task: Task, prompts: Sequence[Prompt]) -> tuple[Check, Accuracy | N
         says = f"{says}; but none of 16 of them with a space behind it, which was never graded before: it remembers verdicts"
         return Check("gold", says, (Finding(fault("K485"), says, told.fpr, 0.0),)), told
     lost = [p for p, score in zip(prompts, scores, strict=False) if not _taken(score)]
-    return Check("gold", says, tuple(_of_accuracy(task, told, says, _read_otherwise(task, lost)))), told
+    taken = [p for p, score in zip(prompts, scores, strict=False) if _taken(score)]
+    otherwise = _read_otherwise(task, lost) or _written_alike(task, lost, taken)
+    return Check("gold", says, tuple(_of_accuracy(task, told, says, otherwise))), told
+
+
+def _written_alike(task: Task, lost: Sequence[Prompt], taken: Sequence[Prompt]) -> bool:
+    """Whether gold answers that are not taken look like those that are, digit for digit and letter for letter."""
+
+    def shape(prompt: Prompt) -> str:
+        return re.sub(r"[^\W\d_]+", "a", re.sub(r"\d+", "0", task.gold(prompt)))
+
+    return bool(lost) and {shape(p) for p in lost} <= {shape(p) for p in taken}
 
 
 def _read_otherwise(task: Task, lost: Sequence[Prompt]) -> bool:
@@ -182,11 +195,31 @@ def cheats(subject: Subject) -> Check:
         if len(earned) > 1:
             caught[text] = len(earned)
     cut = [p for p in prompts if _taken(task.reward(p, _gold_or(task, p), "length"))]
+    if not caught and (check := _of_repetition(subject, prompts)) is not None:
+        return check
     if caught:
         text, answers = max(caught.items(), key=lambda each: each[1])
         says = f"{text[:40]!r} earns a reward on prompts with {answers} different answers; so do {len(caught) - 1} other cheats"
         return Check("cheats", says, (Finding(fault("K463"), says, float(answers), 1.0, evidence={"cheats": list(caught)[:10]}),))
     return Check("cheats", f"none of {graded} cheats earns anything twice" + (f"; {len(cut)} truncated ones do" if cut else ""))
+
+
+def _of_repetition(subject: Subject, prompts: Sequence[Prompt]) -> Check | None:
+    """The finding that what the policy says earns more than any gold answer, once it is said many times."""
+    task = subject.task
+    if unknown(task):
+        return None
+    most = max((s.value for s in (task.reward(p, task.gold(p), "stop") for p in prompts) if s.value is not None), default=1.0)
+    said = [(group.prompt, c.text) for group in subject.groups for c in group.completions[:2] if c.text.strip()][:12]
+    for prompt, text in said:
+        try:
+            once, often = (task.reward(prompt, t, "stop").value for t in (text, "\n".join([text.rstrip("\n")] * REPEATED)))
+        except Exception as error:
+            return raised("cheats", error, "a completion that was repeated")
+        if often is not None and often > max(most, once or 0.0):
+            says = f"a completion earns {once or 0.0:.3g} once, and {often:.3g} said {REPEATED} times; gold earns {most:.3g}"
+            return Check("cheats", says, (Finding(fault("K487"), says, often, most, evidence={"text": text[:200]}),))
+    return None
 
 
 def junk(subject: Subject) -> Check:
