@@ -22,7 +22,7 @@ from keel import parts as parts_of
 from keel.config import RunConfig
 from keel.doctor.finding import Check
 from keel.models.policy import Policy
-from keel.objectives.objective import Prepared
+from keel.objectives.objective import Objective, Prepared
 from keel.rollout.engine import Seed, check_completions
 from keel.run_folder import RunFolder
 from keel.tasks import task as tasks
@@ -211,20 +211,31 @@ class Subject:
 
     # ── the real step ──
 
-    def gradient(self, batch: Batch, prepared: Prepared | None = None, micro_batch_tokens: int | None = None) -> Step:
-        """One optimizer step through the trainer's own update, up to the moment at which weights would change."""
-        trainer, held = self.trainer, (self.trainer.optimizer, self.trainer.config)
+    def gradient(
+        self,
+        batch: Batch,
+        prepared: Prepared | None = None,
+        micro_batch_tokens: int | None = None,
+        objective: Objective | None = None,
+    ) -> Step:
+        """One optimizer step through the trainer's own update, up to the moment at which weights would change.
+
+        Args:
+            objective: in place of the recipe's.
+        """
+        trainer, held = self.trainer, (self.trainer.optimizer, self.trainer.config, self.trainer.objective)
         clocks = {name: getattr(trainer, name) for name in ("step", "updates", "skipped")}
         parameters = trainer.parameters
         trainer.optimizer = recorder = _Recorder(parameters)
         trainer.config = held[1].replaced({"train.micro_batch_tokens": micro_batch_tokens, "train.max_grad_norm": None})
+        trainer.objective = objective or held[2]
         self.policy.model.zero_grad(set_to_none=True)
         try:
             prepared = trainer.objective.prepare(batch, self.cap) if prepared is None else prepared
             metrics, skipped, _ = loop._update(trainer, batch, prepared)
             left = [name for name, p in parameters.items() if p.grad is not None and bool(p.grad.any())]
         finally:
-            trainer.optimizer, trainer.config = held
+            trainer.optimizer, trainer.config, trainer.objective = held
             for name, value in clocks.items():
                 setattr(trainer, name, value)
             self.policy.model.zero_grad(set_to_none=True)

@@ -13,7 +13,7 @@ from keel.doctor.catalogue import fault
 from keel.doctor.finding import Check, Finding
 from keel.doctor.probes.formulas import ESTIMATORS, advantages_by_hand, kl_by_hand, known, weight_by_hand
 from keel.doctor.probes.forward import unsteady
-from keel.doctor.subject import Step, Subject, apart, in_double
+from keel.doctor.subject import Step, Subject, apart, in_double, some_differ
 from keel.objectives.advantages import group_mean, sibling_mean
 from keel.objectives.kl import k1
 from keel.objectives.objective import Objective
@@ -169,8 +169,10 @@ def direction(subject: Subject) -> Check:
     """
     if (skip := unsteady(subject, "direction") or subject.blocked("direction", "advantage", "gradient")) is not None:
         return skip
+    if not some_differ(subject.batch):
+        return Check("direction", "", skipped="in no group there are two different completions, so rewards have no gradient")
     batch = replace(subject.batch, logp_ref=None if subject.batch.logp_ref is None else subject.seen)
-    step = subject.gradient(batch)
+    step = subject.gradient(batch, objective=_without_bonus(subject))
     worth = torch.where(batch.scorable, batch.correct.float(), 0.0)
     count = torch.zeros(int(batch.group.max()) + 1).index_add(0, batch.group, batch.scorable.float())
     mean = torch.zeros_like(count).index_add(0, batch.group, worth) / count.clamp(min=1)
@@ -185,6 +187,11 @@ def direction(subject: Subject) -> Check:
     if cosine > 0:
         return Check("direction", says)
     return Check("direction", says, (Finding(fault("K125"), says, cosine, 0.0),))
+
+
+def _without_bonus(subject: Subject) -> Objective:
+    """The recipe's objective but for its entropy bonus, which has a direction of its own."""
+    return replace(subject.trainer.objective, entropy_coef=0.0)
 
 
 def beside(subject: Subject, step: Step, loss: Tensor) -> tuple[Tensor, Tensor]:
@@ -237,7 +244,7 @@ def kl_gradient(subject: Subject) -> Check:
     generator = torch.Generator().manual_seed(3)
     moved = subject.seen + 0.3 * torch.randn(subject.seen.shape, generator=generator)
     batch = replace(batch, logp_ref=moved, logp_old=None)
-    step = subject.gradient(batch)
+    step = subject.gradient(batch, objective=_without_bonus(subject))
     logp = subject.policy.logp(batch, temperature=subject.sampling.temperature, replay_experts=True).logp
     pull = 0.5 * torch.where(batch.mask, logp - moved, 0.0).square().sum()
     size = float(step.flat.norm())

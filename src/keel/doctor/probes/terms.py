@@ -11,7 +11,7 @@ from keel.doctor.catalogue import fault
 from keel.doctor.finding import Check, Finding
 from keel.doctor.probes.formulas import rate_by_hand
 from keel.doctor.probes.forward import unsteady
-from keel.doctor.subject import Subject
+from keel.doctor.subject import Subject, some_differ
 
 LEFT = 0.5  # of what the policy knows of its own samples, beyond a uniform guess, must survive the run's weight decay by itself
 
@@ -48,6 +48,8 @@ def bonus(subject: Subject) -> Check:
         return Check("bonus", "", skipped="the recipe has no entropy bonus")
     if (skip := unsteady(subject, "bonus") or subject.blocked("bonus", "advantage", "gradient")) is not None:
         return skip
+    if not some_differ(subject.batch):
+        return Check("bonus", "", skipped="in no group there are two different completions, so rewards have no gradient")
     batch, prepared = subject.batch, objective.prepare(subject.batch, subject.cap)
     nothing = replace(prepared, advantage=torch.zeros_like(prepared.advantage))
     both, alone = (subject.gradient(batch, given).flat for given in (prepared, nothing))
