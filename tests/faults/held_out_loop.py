@@ -18,7 +18,6 @@ from keel.objectives.advantages import RawBatchStd
 from keel.objectives.log_ratios import geometric_mean
 from keel.objectives.signals import keep
 from keel.training import loop
-from keel.training.buffer import Collected
 
 # ── accumulation and the optimizer ────────────────────────────────────────────────────────────────────────────────────
 
@@ -282,16 +281,11 @@ def solved_groups_are_kept(ground):
         def add(self, groups):
             if not self.live_only:
                 return old(self, groups)
-            fresh = [group for group in groups if group.accuracy > 0]
-            self.tokens += sum(len(c.token_ids) for group in groups for c in group.completions)
-            self.dropped += len(groups) - len(fresh)
-            self.kept += fresh
-            self.rounds += 1
-            if len(self.kept) >= self.prompts:
-                return Collected(self.kept[: self.prompts], self.tokens, self.dropped + len(self.kept) - self.prompts)
-            if self.rounds >= self.max_rounds:
-                self._give_up()
-            return None
+            self.live_only = False
+            try:
+                return old(self, [group for group in groups if group.accuracy > 0] or groups)
+            finally:
+                self.live_only = True
 
         return add
 

@@ -33,6 +33,7 @@ from keel.types import Batch, Completion, Group, Prompt, Sampling, Score
 
 PROMPTS, GROUP = 8, 8  # at most, in a batch that is examined
 LARGE, FEW_PROMPTS, FEW = 2e7, 2, 3  # parameters from which it is smaller yet
+ALIKE = "in no group there are two different completions, so no weight can matter"  # to rewards
 STEP = 2**31 + 3  # draws of the doctor's own: never training's, an evaluation's, an audit's or a gap's
 
 

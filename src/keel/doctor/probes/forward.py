@@ -100,7 +100,7 @@ def backward(subject: Subject) -> Check:
         return skip
     if subject.large:
         return Check("backward", "", skipped="gradients in 64 bits of a model of this size take too much memory")
-    temperature, routing = max(1.0, subject.sampling.temperature), subject.policy.routing is not None
+    temperature, bound = max(1.0, subject.sampling.temperature), EXACT if subject.policy.routing is None else ROUTED
     with subject.double():
         few = few_rows(subject)
         batch = replace(in_double(few.rows(torch.arange(min(2, len(few))))), kept=None)
@@ -114,11 +114,11 @@ def backward(subject: Subject) -> Check:
         found, due = (_flat_gradient((weight * torch.where(batch.mask, logp, 0.0)).sum(), parameters) for logp in (ours, own))
     off = float((found - due).norm() / due.norm().clamp(min=1e-300))
     says = f"the gradient of the trainer's log-probabilities is within {off:.1e} of its norm from that of the model's own logits"
-    if off <= (ROUTED if routing else EXACT):
+    if off <= bound:
         return Check("backward", says)
     says = f"the gradient of the trainer's log-probabilities is {off:.2g} of its norm off that of the model's own logits"
     subject.block("gradient", "the gradient of log-probabilities is wrong; see backward")
-    return Check("backward", says, (Finding(fault("K189"), says, off, EXACT),))
+    return Check("backward", says, (Finding(fault("K189"), says, off, bound),))
 
 
 def _flat_gradient(loss: Tensor, parameters: list[Tensor]) -> Float[Tensor, " n"]:

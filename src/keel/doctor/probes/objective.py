@@ -13,7 +13,7 @@ from keel.doctor.catalogue import fault
 from keel.doctor.finding import Check, Finding
 from keel.doctor.probes.formulas import ESTIMATORS, advantages_by_hand, kl_by_hand, known, weight_by_hand
 from keel.doctor.probes.forward import unsteady
-from keel.doctor.subject import Step, Subject, apart, in_double, some_differ
+from keel.doctor.subject import ALIKE, Step, Subject, apart, in_double, some_differ
 from keel.objectives.advantages import group_mean, sibling_mean
 from keel.objectives.kl import k1
 from keel.objectives.objective import Objective
@@ -170,7 +170,7 @@ def direction(subject: Subject) -> Check:
     if (skip := unsteady(subject, "direction") or subject.blocked("direction", "advantage", "gradient")) is not None:
         return skip
     if not some_differ(subject.batch):
-        return Check("direction", "", skipped="in no group there are two different completions, so rewards have no gradient")
+        return Check("direction", "", skipped=ALIKE)
     batch = replace(subject.batch, logp_ref=None if subject.batch.logp_ref is None else subject.seen)
     step = subject.gradient(batch, objective=_without_bonus(subject))
     worth = torch.where(batch.scorable, batch.correct.float(), 0.0)

@@ -17,7 +17,7 @@ from keel.doctor.catalogue import fault
 from keel.doctor.finding import Check, Finding
 from keel.doctor.probes.formulas import AdamW, rate_by_hand
 from keel.doctor.probes.forward import unsteady
-from keel.doctor.subject import Subject, apart, some_differ
+from keel.doctor.subject import ALIKE, Subject, apart, some_differ
 from keel.training import checkpoint, loop
 from keel.types import Batch
 
@@ -100,7 +100,7 @@ def _no_choice(subject: Subject) -> str | None:
     mask = subject.trainer.objective.prepare(batch, subject.cap).mask
     if batch.kept is not None and not ((batch.kept.sum(-1) > 1) & mask).any():
         return "truncated sampling left one token everywhere, so no weight can matter"
-    return None if some_differ(batch) else "in no group there are two different completions, so no weight can matter"
+    return None if some_differ(batch) else ALIKE
 
 
 def _flat(tensors: Mapping[str, Tensor]) -> Vector:

@@ -11,7 +11,7 @@ from keel.doctor.catalogue import fault
 from keel.doctor.finding import Check, Finding
 from keel.doctor.probes.formulas import rate_by_hand
 from keel.doctor.probes.forward import unsteady
-from keel.doctor.subject import Subject, some_differ
+from keel.doctor.subject import ALIKE, Subject, some_differ
 
 LEFT = 0.5  # of what the policy knows of its own samples, beyond a uniform guess, must survive the run's weight decay by itself
 
@@ -23,10 +23,8 @@ def decay(subject: Subject) -> Check:
         return Check("decay", "", skipped="the recipe has no weight decay")
     if (skip := unsteady(subject, "decay")) is not None:
         return skip
-    updates = subject.config.steps - trainer.step
-    shrunk = math.prod(
-        max(0.0, 1 - rate_by_hand(train, clock, subject.config.steps) * train.weight_decay) for clock in range(updates)
-    )
+    steps, done = subject.config.steps, trainer.step
+    shrunk = math.prod(max(0.0, 1 - rate_by_hand(train, clock, steps) * train.weight_decay) for clock in range(done, steps))
     with subject.kept(), torch.no_grad():
         for parameter in trainer.parameters.values():
             parameter.mul_(shrunk)
@@ -34,8 +32,8 @@ def decay(subject: Subject) -> Check:
     before = float(subject.seen[batch.mask].mean())
     guess = -math.log(subject.policy.base.get_output_embeddings().weight.shape[0])
     left = (after - guess) / (before - guess) if before > guess else 1.0
-    says = f"weight decay alone takes weights to {shrunk:.2g} of their size in {updates} steps, and leaves {left:.0%} of what the "
-    says += f"policy knows of its own samples ({before:.2f} nats a token, then {after:.2f}; a uniform guess says {guess:.2f})"
+    says = f"weight decay alone takes weights to {shrunk:.2g} of their size in {steps - done} steps, and leaves {left:.0%} of what "
+    says += f"the policy knows of its own samples ({before:.2f} nats a token, then {after:.2f}; a uniform guess says {guess:.2f})"
     if left >= LEFT:
         return Check("decay", says)
     return Check("decay", says, (Finding(fault("K656"), says, left, LEFT),))
@@ -49,7 +47,7 @@ def bonus(subject: Subject) -> Check:
     if (skip := unsteady(subject, "bonus") or subject.blocked("bonus", "advantage", "gradient")) is not None:
         return skip
     if not some_differ(subject.batch):
-        return Check("bonus", "", skipped="in no group there are two different completions, so rewards have no gradient")
+        return Check("bonus", "", skipped=ALIKE)
     batch, prepared = subject.batch, objective.prepare(subject.batch, subject.cap)
     nothing = replace(prepared, advantage=torch.zeros_like(prepared.advantage))
     both, alone = (subject.gradient(batch, given).flat for given in (prepared, nothing))
